@@ -1,0 +1,39 @@
+# make demo   the whole journey on packaged real data      make test   every check
+# Both set themselves up. PYTHON=python3.12 chooses the interpreter; tools/env.sh says what else can be chosen.
+.DEFAULT_GOAL := help
+.PHONY: help env demo test check build site test-colab clean
+BIN := .venv/bin
+# Waiting threads that spin take a third of a small machine.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+help:
+	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20
+
+env: ## make .venv, or do nothing when it is current
+	@PYTHON="$(PYTHON)" tools/env.sh
+
+demo: env ## setup, train, embed, export on real data; a second time it finds everything done
+	WAYSTATION_STORE="$${WAYSTATION_STORE:-$(CURDIR)/runs/store}" $(BIN)/waystation run recipes/demo.yaml --run demo
+
+test: check ## every check: `make check`, the notebooks, and the tests that take minutes
+	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
+	$(BIN)/pytest -m slow
+
+check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that take seconds
+	$(BIN)/python tools/literate.py check
+	$(BIN)/ruff check
+	$(BIN)/mypy
+	$(BIN)/pytest -m "not slow"
+
+build: env ## lit/ (edit here) -> nbs/ and waystation/ and README.md
+	$(BIN)/python tools/literate.py build
+
+site: env ## the documentation, from the notebooks' saved outputs, in _site/
+	$(BIN)/python tools/site.py
+
+test-colab: env ## setup, embed and export on Python 3.13 with the versions of Colab's image
+	tools/test_colab.sh
+
+clean: ## remove what can be made again; runs/ stays
+	rm -rf _proc _site _docs dist .pytest_cache .mypy_cache .ruff_cache
+	find waystation tools tests -name __pycache__ -exec rm -rf {} +
