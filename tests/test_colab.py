@@ -26,7 +26,7 @@ IMAGES = {
 }
 # A running kernel may have loaded these: replaced under it, they mean "restart the runtime".
 PROTECTED = {"torch", "torchvision", "torch-xla", "jax", "jaxlib", "libtpu", "flax", "numpy", "pandas", "pyarrow", "ipykernel"}
-STATIONS = {"1_setup": ("gguf", "train"), "2_train": ("trl", "train"), "3_embed": ("flax", "embed"), "4_export": ("lancedb", "export")}
+STATIONS = {"1_setup": ("gguf", "train"), "2_train": ("trl", "train"), "3_embed": ("flax", "embed"), "4_export": ("lancedb", "export,embed")}
 
 # The one bootstrap cell, as every station has it. Outside Colab and Kaggle its first test ends it.
 BOOTSTRAP = r"""#| slow

@@ -35,6 +35,7 @@ key=$({ echo "$requirements"; cat requirements/cpu.txt; } | hash)
 here=$({ pwd; cat pyproject.toml; } | hash)
 
 home=.venv
+if [ -d .venv ] && [ ! -L .venv ]; then WAYSTATION_ENVS=; fi  # a folder of its own is kept, and kept up to date
 if [ -n "${WAYSTATION_ENVS:-}" ]; then
   home=$WAYSTATION_ENVS/cpu-$key
   mkdir -p "$WAYSTATION_ENVS"
@@ -48,18 +49,15 @@ if [ "$(cat "$home/.key" 2>/dev/null)" != "$key" ]; then
   if ! [ "$("$home/bin/python" -V 2>/dev/null)" = "$("$python" -V)" ]; then clear=--clear; fi  # otherwise brought up to date in place
   "$python" -m venv ${clear:-} "$home" || { echo "env: no venv module in $python; on Debian: apt-get install python3-venv" >&2; exit 1; }
   pip() { "$home/bin/python" -m pip --disable-pip-version-check "$@"; }
-  pip install -q "$(grep '^torch==' requirements/cpu.txt)"
+  pip install -q --no-compile "$(grep '^torch==' requirements/cpu.txt)"
+  # --no-compile: of 3 GB of modules most are never imported, and Python compiles the others when they are.
   # The extra `dev` names the others, so it is spelled out here rather than asked of a project that is not installed yet.
   # shellcheck disable=SC2046
-  pip install -q -c requirements/cpu.txt $("$home/bin/python" tools/extras.py dev)
+  pip install -q --no-compile -c requirements/cpu.txt $("$home/bin/python" tools/extras.py dev)
   echo "$key" >"$home/.key"
 fi
 
 if [ -n "${WAYSTATION_ENVS:-}" ]; then
-  if [ -e .venv ] && [ ! -L .venv ]; then
-    echo "env: .venv is a folder of its own here, but WAYSTATION_ENVS asks for a link to $home; remove .venv first" >&2
-    exit 1
-  fi
   ln -sfn "$home" .venv
   touch "$home"
   # Environments that nobody has asked for in a month; each is 3 GB.

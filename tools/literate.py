@@ -11,7 +11,7 @@ as long as the cell that they belong to has the same source.
 
 import argparse
 import hashlib
-import json
+import re
 import shutil
 import subprocess
 import sys
@@ -20,10 +20,11 @@ from pathlib import Path
 
 import jupytext
 import nbformat
+from fastcore.nbio import nb2str
 from jupytext.config import load_jupytext_config
 
 ROOT = Path(__file__).resolve().parent.parent
-METADATA = {"kernelspec": {"display_name": "Python 3", "language": "python", "name": "python3"}}
+METADATA = {"kernelspec": {"display_name": "python3", "language": "python", "name": "python3"}}
 # The accelerator that Colab offers when it opens a station.
 COLAB = {
     "stations/2_train": {"accelerator": "GPU", "colab": {"gpuType": "T4"}},
@@ -75,12 +76,14 @@ def put(path: Path, text: str) -> bool:
 
 def write(path: Path, nb: nbformat.NotebookNode) -> bool:
     "Write `nb` in the bytes that `nbdev-clean` leaves, so that cleaning after a build changes nothing."
-    return put(path, json.dumps(nb, sort_keys=True, indent=1, ensure_ascii=False) + "\n")
+    return put(path, nb2str(nb))
 
 
 def readme(index: nbformat.NotebookNode) -> str:
     "README.md: the prose of nbs/index.ipynb, and a line that says so."
     prose = [c.source for c in index.cells if c.cell_type == "markdown"]
+    # On the site these stand beside the page, in the repository one folder down.
+    prose = [re.sub(r"\]\((images|stations|guides)/", r"](nbs/\1/", text) for text in prose]
     return "\n\n".join(["<!-- Generated from nbs/index.ipynb by `make build`: edit lit/index.md -->", *prose]) + "\n"
 
 
@@ -101,10 +104,11 @@ def build(root: Path) -> list[Path]:
             path.unlink()  # its Markdown is gone
             changed.append(path)
     before = modules(root)
-    for path in before:
-        if path.name != "__init__.py":
-            path.unlink()  # the module of a notebook that is gone would stay importable for ever
     subprocess.run([Path(sys.executable).parent / "nbdev-export"], cwd=root, check=True)
+    for path, text in modules(root).items():
+        made_from = re.search(r"File to edit: (\S+\.ipynb)", text)
+        if made_from and not (path.parent / made_from[1]).exists():
+            path.unlink()  # the module of a notebook that is gone would stay importable for ever
     after = modules(root)
     changed += [p for p in sorted(before.keys() | after.keys()) if before.get(p) != after.get(p)]
     index = root / "nbs" / "index.ipynb"

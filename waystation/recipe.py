@@ -84,14 +84,15 @@ class Shards:
         if self.folder is not None: yield self.folder/name; return
         with tempfile.TemporaryDirectory(dir=cache()) as tmp: yield self.store.fetch(name, tmp)
 
-# %% ../nbs/06_recipe.ipynb #499c4f0a
+# %% ../nbs/06_recipe.ipynb #168c91fc
 class Job:
     "One attempt at one step of a run, with the right to write it."
     def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease):
         self.station, self.params, self.store, self.lease = station, params, store, lease
         self.run, self.step, self.started = params['run'], params['step'], time.time()
+        self._new:dict[str,Any] = {}  # what `begun` will say, when this attempt is a new one
         self.inputs = {} if station == 'setup' else locate(params, store)
-        self.shards = Shards(params['shards'] or f'store:runs/{self.run}/embed', store) if 'shards' in params else None
+        self.shards = Shards(self._shards(params['shards']), store) if 'shards' in params else None
         self.attempt = self._begin(identity(params, self.inputs, self.shards))
         key = hashlib.sha256(str(Path(store.url).resolve()).encode()).hexdigest()[:8]
         self.work = cache()/'work'/key/self.base  # scratch: kept between kills, removed by `finish`
@@ -110,10 +111,13 @@ class Job:
                 raise Refused(f"run {self.run!r} has a step {self.step!r} with other parameters: {changed}. One run never mixes two: "
                               "choose a new run name, or pass --restart to begin this step anew (what was sealed stays)")
             if not again: return number
-        meta = dict(identity=wanted, params=self.params, station=self.station, restart=bool(self.params['restart']) and bool(begun), version=version('waystation'))
-        seal = self.store.seal(None, f'{ref}/{number + 1}/begun', meta)
-        self.store.refer(ref, seal.name)
+        restart = bool(self.params['restart']) and bool(begun)
+        self._new = dict(identity=wanted, params=self.params, station=self.station, restart=restart, version=version('waystation'))
         return number + 1
+
+    def _shards(self, value:str) -> str:
+        "A plain word names a step of this run; none is `embed`."
+        return value if '/' in value or ':' in value else f"store:runs/{self.run}/{value or 'embed'}"
 
     @property
     def base(self) -> str: return f'runs/{self.run}/{self.step}/{self.attempt}'
@@ -134,6 +138,10 @@ class Job:
     ) -> str:                    # The seal's name
         "Commit files below this attempt's name."
         self.check()
+        if self._new:  # only now is there something that other parameters must not be mixed with: a mistyped first try binds nobody
+            begun = self.store.seal(None, f'{self.base}/begun', self._new).name
+            self.store.refer(f'runs/{self.run}/{self.step}', begun)
+            self._new = {}
         return self.store.seal(folder, f'{self.base}/{kind}' + ('' if number is None else f'/{number}'), meta).name
 
     def note(self, kind:str, meta:dict) -> dict:

@@ -1,0 +1,100 @@
+"""Runs and recipes: a typo binds nobody, a changed parameter never mixes, a taken-over writer stops."""
+
+import pytest
+
+from waystation.recipe import begin, load_recipe, run_recipe, show_run, station_parameters
+from waystation.runtime import Refused
+from waystation.store import Store
+
+
+@pytest.fixture
+def params(tmp_path):
+    return dict(run="a", store=str(tmp_path / "store"), restart=False, take_over=False, step="embed", seed=0)
+
+
+def test_a_refused_first_try_leaves_nothing(params):
+    with pytest.raises(Refused), begin("embed", params):
+        raise Refused("a wrong column")
+    assert Store(params["store"]).list() == []
+    with begin("embed", params | dict(seed=7)) as job:  # the corrected command is not a changed one
+        job.note("report", {})
+
+
+def test_a_finished_restart_begins_anew_and_a_killed_one_goes_on(params):
+    with begin("embed", params) as job:
+        job.finish({})
+    for expected in (2, 2):  # the first is killed after one seal
+        with begin("embed", params | dict(restart=True)) as job:
+            assert job.attempt == expected
+            job.seal(None, "shards", 0, {})
+    with begin("embed", params | dict(restart=True)) as job:
+        job.finish({})
+    with begin("embed", params | dict(restart=True)) as job:
+        assert job.attempt == 3
+
+
+def test_a_writer_that_was_taken_over_cannot_seal(params):
+    with begin("embed", params) as old:
+        with begin("embed", params | dict(take_over=True)) as new:
+            new.seal(None, "shards", 0, {})
+            with pytest.raises(Refused, match="was taken over by"):
+                old.seal(None, "shards", 1, {})
+        assert old.names("shards") == [f"{old.base}/shards/0"]
+
+
+@pytest.mark.parametrize("name", ["a/b", "", "..", "a b", "ä" * 3])
+def test_run_names_that_no_store_can_hold(params, name):
+    with pytest.raises(Refused, match="slash"), begin("embed", params | dict(run=name)):
+        pass
+
+
+def test_the_packaged_recipe_loads():
+    assert [s["step"] for s in load_recipe("demo")] == ["setup", "train", "embed", "embed-16s", "export", "export-16s"]
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("steps: [{station: embed, sorce: x}]", "unknown key 'sorce'; embed has .*source"),
+        ("steps: [{station: embd}]", "'embd' is not a station; there are setup, train, embed, export"),
+        ("steps: [{station: embed}, {station: embed}]", "two steps named 'embed'"),
+        ("steps: [{station: embed, shard_rows: many}]", "must be a whole number"),
+        ("steps: [{station: embed, run: x}]", "unknown key 'run'"),
+        ("stages: []", "no list `steps`"),
+        ("steps: [", "is not YAML"),
+    ],
+)
+def test_a_wrong_recipe_is_refused_before_anything_runs(tmp_path, text, said):
+    (tmp_path / "r.yaml").write_text(text)
+    with pytest.raises(Refused, match=said):
+        run_recipe(tmp_path / "r.yaml", "a", str(tmp_path / "store"))
+    assert not (tmp_path / "store").exists()
+
+
+def test_set_changes_one_parameter_in_its_type(tmp_path):
+    (tmp_path / "r.yaml").write_text("steps: [{station: embed}]")
+    steps = load_recipe(tmp_path / "r.yaml", ("embed.shard_rows=16", "embed.restart=true"))
+    assert steps == [dict(station="embed", step="embed", shard_rows=16, restart=True)]
+    with pytest.raises(Refused, match="the steps are embed"):
+        load_recipe(tmp_path / "r.yaml", ("train.seed=1",))
+
+
+def test_every_station_has_the_names_that_scripts_rely_on():
+    shared = {"run", "store", "seed", "restart"}
+    own = {
+        "setup": "model data cache",
+        "train": "task model data eval_data method epochs max_steps learning_rate warmup_steps lora_r lora_alpha lora_dropout "
+        "target_modules batch_size grad_accum max_length eval_steps seal_steps seal_minutes",
+        "embed": "source text id keep limit model pooling max_tokens on_long on_duplicate shard_rows dtype engine",
+        "export": "shards table index metric metadata",
+    }
+    for station, names in own.items():
+        assert shared | set(names.split()) <= set(station_parameters(station)), station
+
+
+def test_show_tells_what_a_run_did(params):
+    with begin("embed", params) as job:
+        job.seal(None, "shards", 0, {})
+        job.finish(dict(rows=5))
+    shown = show_run(Store(params["store"]), "a")["steps"][0]
+    assert (shown["seals"], shown["report"]["rows"], shown["params"]["seed"]) == (dict(begun=1, report=1, shards=1), 5, 0)
