@@ -79,7 +79,7 @@ def test_journey(place, tmp_path):
     store = place(dict(ids=chunks(0, 300)), dict(ids=chunks(300, 500), first=300, aside=3))
     meta = {"id": [f"dök_{i}" for i in range(249)][::-1], "title": [f"On {i}" for i in range(249)][::-1], "text": ["all"] * 249}
     pq.write_table(pa.table(meta), tmp_path / "meta.parquet")
-    # Question 0 needs two documents that hold a chunk of its cluster, question 3 one that does not.
+    # The first needs the 63 documents of its cluster (of which five can be found), the second one of another cluster.
     rows = [{"id": "a", "query": "about 0", "relevant": [f"dök_{4 * k}" for k in range(63)]}, {"id": "b", "query": "about 3", "relevant": ["dök_0"]}]
     (tmp_path / "q.jsonl").write_text("".join(json.dumps(r) + "\n" for r in rows))
     how = dict(

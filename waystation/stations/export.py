@@ -15,7 +15,7 @@ from ..recipe import Job, begin
 from ..runtime import Refused
 from ..store import check_name
 
-# %% ../../nbs/stations/4_export.ipynb #4ad614b9
+# %% ../../nbs/stations/4_export.ipynb #5beb2d0a
 def encoder(job:Job): # A function from texts to vectors, [n, dim]
     "The encoder that made the shards, for questions."
     from waystation.embedding.engine import embed_texts
@@ -23,7 +23,7 @@ def encoder(job:Job): # A function from texts to vectors, [n, dim]
     if not made.get('model'): raise Refused("ask and questions need the model that made the vectors, and the shards' report names none; "
                                             "leave both empty, or embed again")
     folder = resolve(made['model'], 'model', job.store).path
-    return lambda texts: embed_texts(folder, texts, made['pooling'], made['max_tokens'])
+    return lambda texts: embed_texts(folder, texts, made.get('pooling', ''), made.get('max_tokens', 0))
 
 # %% ../../nbs/stations/4_export.ipynb #ec18a67e
 def build(job:Job, name:str, table:dict[str,Any], bar) -> None:

@@ -193,7 +193,7 @@ def pca(
     axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])  # a direction has no sign of its own: fix one
     return centred @ axes, float(variance[-2:].sum() / max(variance.sum(), 1e-30))
 
-# %% ../../nbs/vectors/31_search.ipynb #1bae6c12
+# %% ../../nbs/vectors/31_search.ipynb #a09d1d5d
 def draw_map(
     ds,             # A finished Lance dataset
     color:str='',   # Column that colours the points: its eight most frequent values, the rest in grey; '' for one colour
@@ -207,15 +207,17 @@ def draw_map(
     label = np.array(['none' if x is None else str(x) for x in rows[color].to_pylist()] if color else [''] * len(rows))
     values, n = np.unique(label, return_counts=True)
     top = [str(x) for x in values[np.argsort(-n, kind='stable')][:8]]
-    fig, ax = plt.subplots(figsize=(8, 4.5), layout='constrained')
-    colors = [plt.get_cmap('tab10')(i) for i in (0, 1, 2, 3, 4, 5, 6, 8)]  # without its grey
+    fig, ax = plt.subplots(figsize=(7, 5.6 if color else 4.5), layout='constrained')
     style: dict[str,Any] = dict(s=max(3, min(18, 20000 / len(rows))), linewidths=0)
+    colors = [plt.get_cmap('tab10')(i) for i in (0, 1, 2, 3, 4, 5, 6, 8)]  # without its grey
     if rest := len(values) - len(top):
         ax.scatter(*points[~np.isin(label, top)].T, color='0.82', label=f'other ({rest} values)', **style)
     for i, value in enumerate(top):
-        ax.scatter(*points[label == value].T, color=colors[i], label=f"{value[:32]} ({(label == value).sum()})", **style)
-    ax.set(title=f"{len(rows):,} of {ds.count_rows():,} vectors, PCA ({kept:.0%} of the variance)", xlabel='first component', ylabel='second component')
+        short = value if len(value) <= 40 else value[:39] + '…'
+        ax.scatter(*points[label == value].T, color=colors[i], label=f"{short} ({(label == value).sum()})", **style)
+    shown = f'{len(rows):,}' + (f' of {ds.count_rows():,}' if len(rows) < ds.count_rows() else '')
+    ax.set(title=f'{shown} vectors, PCA ({kept:.0%} of the variance)', xlabel='first component', ylabel='second component')
     handles, names = ax.get_legend_handles_labels()
-    if len(names) > len(top): handles, names = [*handles[1:], handles[0]], [*names[1:], names[0]]  # the rest comes last
-    if color: ax.legend(handles, names, title=color, loc='center left', bbox_to_anchor=(1.01, 0.5), frameon=False, markerscale=3 if style['s'] < 8 else 1.6)
+    if rest: handles, names = [*handles[1:], handles[0]], [*names[1:], names[0]]  # the rest comes last
+    if color: fig.legend(handles, names, title=color, loc='outside lower center', ncols=2, frameon=False, markerscale=3 if style['s'] < 8 else 1.6, fontsize=9)
     return fig
