@@ -20,7 +20,8 @@ from waystation.recipe import begin
 from waystation.runtime import Refused
 from waystation.stations.export import export
 from waystation.store import Store
-from waystation.vectors.table import card, fetch_table, open_table
+from waystation.assets import local_copy
+from waystation.vectors.table import card, open_table
 
 DIM = 16
 
@@ -125,7 +126,7 @@ def test_killed_after_the_table_was_sealed(place, monkeypatch):
     from waystation.recipe import Job
 
     finish = Job.finish
-    monkeypatch.setattr(Job, "finish", lambda self, result: (_ for _ in ()).throw(KeyboardInterrupt))
+    monkeypatch.setattr(Job, "finish", lambda self, *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
         export(store=store)
     first = Store(store).read("vectors/demo/v1")
@@ -141,7 +142,7 @@ def test_local_copy_is_fetched_again(place):
     table = Path(export(store=store)["table"])
     next((table / "data").iterdir()).unlink()
     assert open_table(export(store=store)["table"]).to_table().num_rows == 50
-    assert fetch_table(Store(store), "vectors/demo/current") == table
+    assert local_copy(Store(store), "vectors/demo/current") == table.parent
 
 
 def test_half_precision(place):

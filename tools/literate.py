@@ -42,6 +42,7 @@ def notebook(md: Path, root: Path) -> nbformat.NotebookNode:
         for cell in nbformat.read(path, as_version=4).cells:
             old.setdefault((cell.cell_type, cell.source), []).append(cell)
     for cell in new.cells:
+        cell.metadata.pop("lines_to_next_cell", None)  # how the Markdown was spaced; nbdev-clean drops it
         same = old.get((cell.cell_type, cell.source))
         if same:
             kept = same.pop(0)

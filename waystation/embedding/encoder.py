@@ -166,16 +166,19 @@ def read_tokenizer(folder:str|Path) -> Tokenizer: # Model folder
         raise Refused(f"{folder} has no tokenizer.json; save the model's fast tokenizer there with tokenizer.save_pretrained(folder)")
     return words(folder)
 
-# %% ../../nbs/embedding/21_encoder.ipynb #ec90382e
+# %% ../../nbs/embedding/21_encoder.ipynb #dd6e6f84
 def attend(
-    q_BTNH:jax.Array, k_BTNH:jax.Array, v_BTNH:jax.Array,
+    q_BNTH:jax.Array, k_BNTH:jax.Array, v_BNTH:jax.Array,
     segments_BT:jax.Array, # 1, 2, …: which text a slot belongs to; 0: padding
-) -> jax.Array:            # [B, T, N, H], in the type of `v_BTNH`
+) -> jax.Array:            # [B, N, T, H], in the type of `v_BNTH`
     "Softmax attention in which a token sees only tokens of its own segment."
-    scores_BNTU = jnp.einsum('BTNH,BUNH->BNTU', q_BTNH, k_BTNH, preferred_element_type=jnp.float32) * q_BTNH.shape[-1]**-0.5
+    scores = jnp.einsum('BNTH,BNUH->BNTU', q_BNTH, k_BNTH, preferred_element_type=jnp.float32) * q_BNTH.shape[-1]**-0.5
     same_B1TU = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]
-    shares = jax.nn.softmax(jnp.where(same_B1TU, scores_BNTU, jnp.finfo(jnp.float32).min), axis=-1)
-    return jnp.einsum('BNTU,BUNH->BTNH', shares.astype(v_BTNH.dtype), v_BTNH)
+    scores = jnp.where(same_B1TU, scores, jnp.finfo(jnp.float32).min)
+    e_BNTU = jnp.exp(scores - scores.max(-1, keepdims=True))
+    mixed = jnp.einsum('BNTU,BNUH->BNTH', e_BNTU.astype(v_BNTH.dtype), v_BNTH, preferred_element_type=jnp.float32)
+    # Dividing H numbers a token, not T, saves a pass over the largest array there is.
+    return (mixed / e_BNTU.sum(-1, keepdims=True)).astype(v_BNTH.dtype)
 
 def norm(x:jax.Array, scale_D:jax.Array, bias_D:jax.Array, eps:float) -> jax.Array:
     "Layer norm over the last axis, computed in float32, returned in the type of `x`."
@@ -252,7 +255,7 @@ def read_weights(
                       f"other sizes {wrong}; use a plain BERT encoder whose config.json is its own")
     return out
 
-# %% ../../nbs/embedding/21_encoder.ipynb #f37d885d
+# %% ../../nbs/embedding/21_encoder.ipynb #f3747417
 class Encoder(nnx.Module):
     "A post-norm transformer encoder over packed rows, its layers stacked and scanned; computes in the type of its weights."
     def __init__(self, config:Config, weights:Mapping[str,Any]): # Arrays by the names of TABLE
@@ -274,8 +277,8 @@ class Encoder(nnx.Module):
 
 def block(x_BTD:jax.Array, w:Mapping[str,jax.Array], segments_BT:jax.Array, eps:float) -> jax.Array:
     "Attention, then feed-forward; each is added to its input and normalised after."
-    q, k, v = jnp.moveaxis(jnp.einsum('BTD,DCNH->BTCNH', x_BTD, w['qkv']) + w['qkv_bias'], 2, 0)
-    a = jnp.einsum('BTNH,NHD->BTD', attend(q, k, v, segments_BT), w['out']) + w['out_bias']
+    q, k, v = jnp.einsum('BTD,DCNH->CBNTH', x_BTD, w['qkv']) + w['qkv_bias'][:, None, :, None]
+    a = jnp.einsum('BNTH,NHD->BTD', attend(q, k, v, segments_BT), w['out']) + w['out_bias']
     x = norm(x_BTD + a, w['norm1_scale'], w['norm1_bias'], eps)
     h = jax.nn.gelu(jnp.einsum('BTD,DF->BTF', x, w['up']) + w['up_bias'], approximate=False)  # exact erf, as BERT was trained
     f = jnp.einsum('BTF,FD->BTD', h, w['down']) + w['down_bias']

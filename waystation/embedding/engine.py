@@ -135,7 +135,7 @@ def pieces(
     batches = [(rows[0][k:k + size], rows[1][k:k + size], rows[2][k:k + size]) for k in range(0, len(rows[0]), size)]
     return Pieces(np.array([i for i, _ in cut]), np.array([len(x) for _, x in cut]), packed, batches)
 
-# %% ../../nbs/embedding/23_engine.ipynb #bff5bae9
+# %% ../../nbs/embedding/23_engine.ipynb #670178e0
 @dataclass
 class Shard:
     "A range of source rows, ready for the device."
@@ -155,11 +155,11 @@ def _sort_out(batch:pa.RecordBatch, start:int, duplicates:Mapping[int,int]) -> t
         else: good.append(i)
     return good, aside
 
-def _one_text_a_row(model:Model, batch:pa.RecordBatch, cut:Cut) -> tuple[pa.Table,list[np.ndarray],list[int]]:
-    "Texts or chunks as a table, the tokens of each, and the rows of `batch` in which no token was left."
+def _one_text_a_row(model:Model, batch:pa.RecordBatch, cut:Cut) -> tuple[pa.Table,list[np.ndarray],list[tuple[int,str]]]:
+    "Texts or chunks as a table, the tokens of each, and row and id of those in which no token was left."
     texts, docs, encode = batch['text'].to_pylist(), [str(x) for x in batch['id'].to_pylist()], model.tokenizer.encode
     found = encode(texts)
-    empty = [i for i, (x, _, _) in enumerate(found) if not len(x)]
+    empty = [(i, docs[i]) for i, (x, _, _) in enumerate(found) if not len(x)]
     if cut.chunk_tokens:
         spans = [chunks(w, cut.chunk_tokens, cut.chunk_overlap) if len(w) else [] for _, _, w in found]
         source = [i for i, s in enumerate(spans) for _ in s]
@@ -167,15 +167,16 @@ def _one_text_a_row(model:Model, batch:pa.RecordBatch, cut:Cut) -> tuple[pa.Tabl
         cuts = [texts[i][found[i][1][a, 0]:found[i][1][b-1, 1]] for i, s in enumerate(spans) for a, b in s]
         found = encode(cuts)  # again, by itself: a chunk's vector is that of its text, whoever embeds it
     else:
-        source = [i for i, (x, _, _) in enumerate(found) if len(x)]
-        names, cuts = [docs[i] for i in source], [texts[i] for i in source]
-    ids = [x for x, _, _ in found if len(x)]
+        source, names, cuts = list(range(len(texts))), docs, texts
+    empty += [(source[j], names[j]) for j, (x, _, _) in enumerate(found) if cut.chunk_tokens and not len(x)]
+    some = [j for j, (x, _, _) in enumerate(found) if len(x)]
+    source, names, cuts, ids = [source[j] for j in some], [names[j] for j in some], [cuts[j] for j in some], [found[j][0] for j in some]
     columns = dict(id=pa.array(names, pa.string()), doc_id=pa.array([docs[i] for i in source], pa.string()), text=pa.array(cuts, pa.string()),
                    n_tokens=pa.array([len(x) for x in ids], pa.int32()))
     rows = pa.array(source, pa.int32())
     return pa.table(columns | {name: batch[name].take(rows) for name in batch.schema.names[2:]}), ids, empty
 
-# %% ../../nbs/embedding/23_engine.ipynb #ce79a598
+# %% ../../nbs/embedding/23_engine.ipynb #2ff69c97
 def prepare(
     model:Model,
     number:int,                  # Of the shard
@@ -187,7 +188,7 @@ def prepare(
     "Set aside what has no text, cut, tokenise, hold the limit, pack: all that needs no device."
     good, aside = _sort_out(batch, start, duplicates)
     texts, ids, empty = _one_text_a_row(model, batch.take(pa.array(good, pa.int32())), cut)
-    aside += [dict(row=start + good[i], id=batch['id'][good[i]].as_py(), reason='no tokens') for i in empty]
+    aside += [dict(row=start + good[i], id=id, reason='no tokens') for i, id in empty]
     long = [i for i, x in enumerate(ids) if len(x) > model.room]
     if long and cut.on_long == 'error':
         raise Refused(f"row {texts['id'][long[0]].as_py()!r} has {len(ids[long[0]])} tokens, the model takes {model.room}; "

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['encoder', 'build', 'export']
 
-# %% ../../nbs/stations/4_export.ipynb #2ad1afba
+# %% ../../nbs/stations/4_export.ipynb #e673f8a7
 import contextlib
 from typing import Any
 
-from ..assets import resolve
+from ..assets import local_copy, resolve
 from ..monitor import progress
 from ..recipe import Job, begin
 from ..runtime import Refused
@@ -25,7 +25,7 @@ def encoder(job:Job): # A function from texts to vectors, [n, dim]
     folder = resolve(made['model'], 'model', job.store).path
     return lambda texts: embed_texts(folder, texts, made.get('pooling', ''), made.get('max_tokens', 0))
 
-# %% ../../nbs/stations/4_export.ipynb #ec18a67e
+# %% ../../nbs/stations/4_export.ipynb #4130c86f
 def build(job:Job, name:str, table:dict[str,Any], bar) -> None:
     "Build the table in scratch, and seal it as `name`."
     from waystation.vectors.table import build_table
@@ -39,10 +39,9 @@ def build(job:Job, name:str, table:dict[str,Any], bar) -> None:
     where = job.inputs['metadata'].path if 'metadata' in job.inputs else None
     about |= dict(run=job.run, shards=source.fingerprint)
     with contextlib.closing(each()) as vectors: card = build_table(vectors, job.work/'sealed/table.lance', metadata=where, about=about, **table)
-    job.check()  # another writer may have taken the run while we built
-    job.store.seal(job.work/'sealed', name, card)
+    job.publish(job.work/'sealed', name, card)
 
-# %% ../../nbs/stations/4_export.ipynb #db5085fd
+# %% ../../nbs/stations/4_export.ipynb #07c1c365
 def export(
     run:str='demo',         # Name of the journey; the same name goes on where it stopped
     store:str='',           # Folder of the store; '' for the one in settings.ini
@@ -62,11 +61,11 @@ def export(
     "Make a searchable table of a run's vectors, and measure it."
     params = dict(locals())
     from waystation.vectors.search import answers, index_recall, measure, read_questions
-    from waystation.vectors.table import INDEXES, METRICS, check_choice, fetch_table, open_table
+    from waystation.vectors.table import INDEXES, METRICS, check_choice, open_table
     check_choice('index', index, INDEXES); check_choice('metric', metric, METRICS)
     if '/' in check_name(table or run): raise Refused(f"table={table!r} has a slash; the name of a table is one word")
     with begin('export', params) as job:
-        if job.report: return job.report | dict(table=str(fetch_table(job.store, job.report['seal'])))
+        if job.report: return job.report
         name, tasks = f'vectors/{table or run}/v{job.attempt}', read_questions(job.inputs['questions'].path) if questions else []
         asked = [q.strip() for q in ask.split('|') if q.strip()]
         encode = encoder(job) if asked or tasks else None  # first: a missing model should be found before the build
@@ -74,7 +73,7 @@ def export(
             if not job.store.has(name): build(job, name, dict(index=index, metric=metric, color=color), bar)
             made = job.store.read(name).meta
             if made['run'] != run: raise Refused(f"table {name!r} was made by run {made['run']!r}; one name belongs to one run: choose another table")
-            ds, bar.n = open_table(path := fetch_table(job.store, name)), bar.total - 2
+            ds, bar.n = open_table(local_copy(job.store, name)/'table.lance'), bar.total - 2
             vectors = encode([t['query'] for t in tasks]) if encode and tasks else None
             recall = index_recall(ds, vectors); bar.update()
             retrieval = measure(ds, tasks, vectors) if vectors is not None else {}
@@ -83,6 +82,6 @@ def export(
             job.check()
             job.store.refer(f'vectors/{table or run}/current', name); bar.update()
         return job.finish(dict(
-            table=str(path), seal=name, rows=made['rows'], dim=made['dim'], index=made['index'], metric=metric, model=made.get('model'),
+            seal=name, rows=made['rows'], dim=made['dim'], index=made['index'], metric=metric, model=made.get('model'),
             index_recall=recall, retrieval=retrieval, answers=told, joined=made['joined'],
-            quarantined=sum(made['quarantined'].values()), set_aside=made['quarantined']))
+            quarantined=sum(made['quarantined'].values()), set_aside=made['quarantined']), files=dict(table=(name, 'table.lance')))

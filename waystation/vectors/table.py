@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['METRICS', 'INDEXES', 'write_table', 'quoted', 'connect', 'check_unique', 'join', 'check_choice', 'index_vectors',
-           'check_column', 'index_column', 'complete', 'card', 'open_table', 'build_table', 'fetch_table']
+           'check_column', 'index_column', 'complete', 'card', 'open_table', 'build_table']
 
-# %% ../../nbs/vectors/30_table.ipynb #70c9ddd8
-import itertools, json, os, shutil, tempfile
+# %% ../../nbs/vectors/30_table.ipynb #9b15041c
+import itertools, json, shutil, tempfile
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -17,8 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from ..runtime import Refused, cache
-from ..store import Store
+from ..runtime import Refused
 
 # %% ../../nbs/vectors/30_table.ipynb #efe1a6b0
 def _vectors(name:str, folder:Path) -> pq.ParquetFile:
@@ -247,20 +246,3 @@ def build_table(
     built = index_vectors(ds, index, metric)
     complete(ds, {**(about or {}), **counts, 'metric': metric, 'index': built, 'filters': filters, 'joined': joined})
     return card(ds)
-
-# %% ../../nbs/vectors/30_table.ipynb #560a939b
-def fetch_table(
-    store:Store, # Where the table is sealed
-    name:str,    # A seal or ref such as 'vectors/banking/current'
-) -> Path:       # …/tables/banking/v1/table.lance in the cache
-    "The local copy of a sealed table, fetched when it is missing or another one."
-    seal = store.read(name)
-    home = cache()/'tables'/seal.name.removeprefix('vectors/')
-    # Lance names its files at random, so the same names and sizes are the same table.
-    if not all((home/f).is_file() and (home/f).stat().st_size == entry['size'] for f, entry in seal.files.items()):
-        home.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=home.parent) as tmp:
-            store.fetch(seal.name, Path(tmp)/'new')
-            shutil.rmtree(home, ignore_errors=True)
-            os.replace(Path(tmp)/'new', home)
-    return home/'table.lance'
