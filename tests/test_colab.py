@@ -20,13 +20,13 @@ from packaging.version import Version
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 IMAGES = {
-    "gpu": ["train", "export", "monitor", "notebook"],
-    "tpu": ["embed", "export", "monitor", "notebook"],
-    "plain": ["embed", "export"],
+    "gpu": ["train", "export", "monitor", "notebook", "demo"],
+    "tpu": ["embed", "export", "monitor", "notebook", "demo"],
+    "plain": ["embed", "export", "demo"],
 }
 # A running kernel may have loaded these: replaced under it, they mean "restart the runtime".
 PROTECTED = {"torch", "torchvision", "torch-xla", "jax", "jaxlib", "libtpu", "flax", "numpy", "pandas", "pyarrow", "ipykernel"}
-STATIONS = {"1_setup": ("gguf", "train"), "2_train": ("trl", "train"), "3_embed": ("flax", "embed"), "4_export": ("lancedb", "export,embed")}
+STATIONS = {"1_setup": ("gguf", "train,demo"), "2_train": ("trl", "train"), "3_embed": ("flax", "embed,demo"), "4_export": ("lancedb", "export,embed")}
 
 # The one bootstrap cell, as every station has it. Outside Colab and Kaggle its first test ends it.
 BOOTSTRAP = r"""#| slow

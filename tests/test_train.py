@@ -1,0 +1,190 @@
+"""Training, in a handful of steps on a tiny random Llama: what is refused, and that a kill changes nothing."""
+
+import hashlib
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+import torch
+
+from waystation.runtime import Interrupted, Refused
+from waystation.stations.train import train
+from waystation.store import Store
+
+
+def tiny_model(folder):
+    "A random Llama of two layers with a byte tokenizer."
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    vocab = {s: i for i, s in enumerate(["<|im_start|>", "<|im_end|>", *letters])}
+    raw = Tokenizer(models.BPE(vocab=vocab, merges=[]))
+    raw.pre_tokenizer, raw.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    tok = PreTrainedTokenizerFast(tokenizer_object=raw, eos_token="<|im_end|>", pad_token="<|im_end|>")
+    tok.chat_template = (
+        "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
+        "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+    )
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(vocab), hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
+        num_key_value_heads=2, max_position_embeddings=512, eos_token_id=1, bos_token_id=0, pad_token_id=1,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder)
+    tok.save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def rows(path, n=40, **change):
+    "A file of rows; keyword arguments replace row 7's values."
+    made = [{"id": f"r{i}", "prompt": f"Say {i}.", "completion": f"It is {i}!"} for i in range(n)]
+    made[7] |= change
+    path.write_text("".join(json.dumps(r) + "\n" for r in made))
+    return str(path)
+
+
+@pytest.fixture
+def go(model, tmp_path, monkeypatch):
+    "Train a little; keyword arguments are the station's."
+    monkeypatch.setenv("WAYSTATION_WANDB_MODE", "disabled")
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
+    few = dict(
+        run="t", store=str(tmp_path / "store"), model=model, data=rows(tmp_path / "rows.jsonl"), max_steps=6, batch_size=8, lora_r=4,
+        eval_steps=3, seal_steps=2, max_length=128, warmup_steps=1, lora_dropout=0.1, eval_rows=3,
+    )  # fmt: skip
+    return lambda **change: train(**few | change)
+
+
+def test_result(go, tmp_path):
+    r = go()
+    assert [s for s, _ in r["loss"]] == [1, 2, 3, 4, 5, 6] and [s for s, _ in r["evals"]] == [3, 6]
+    assert r["resumed_from"] == 0 and r["metrics"]["base"]["exact"]["n"] == 3 and len(r["samples"]) == 3
+    assert r["eval_loss"]["after"] < r["eval_loss"]["before"]
+    store = Store(str(tmp_path / "store"))
+    assert store.resolve("models/t/current") == r["model"] == "models/t/v1"
+    assert store.list("runs/t/train/1/checkpoints")[-1].endswith("/6")
+    json.dumps(r, allow_nan=False)
+    assert go() == r, "a finished run is not computed again"
+
+    from peft import AutoPeftModelForCausalLM
+
+    found = AutoPeftModelForCausalLM.from_pretrained(r["adapter"])
+    weights = [w for n, w in found.named_parameters() if "lora_B" in n]
+    assert all(w.abs().sum() > 0 for w in weights)
+    with open(f"{r['adapter']}/adapter_model.safetensors", "rb") as f:
+        assert hashlib.file_digest(f, "sha256").hexdigest() == r["adapter_sha256"]
+    card = Path(r["adapter"], "README.md").read_text()
+    assert r["model"] in card and "3 held-out rows" in card
+
+
+@pytest.mark.parametrize("stop_at", [2, 4, 6])
+def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
+    whole = go(store=str(tmp_path / "undisturbed"))
+    from waystation.recipe import Job
+
+    seal = Job.seal
+
+    def cut(self, folder, kind, number=None, meta=None):
+        name = seal(self, folder, kind, number, meta)
+        if kind == "checkpoints" and number == stop_at:
+            raise KeyboardInterrupt  # the power goes, right after a seal
+        return name
+
+    monkeypatch.setattr(Job, "seal", cut)
+    with pytest.raises(KeyboardInterrupt):
+        go()
+    monkeypatch.setattr(Job, "seal", seal)
+    resumed = go()
+    assert resumed["resumed_from"] == stop_at
+    for key in ("adapter_sha256", "loss", "evals", "metrics", "eval_loss", "samples"):
+        assert resumed[key] == whole[key], key
+
+
+def test_sigterm_seals_at_once(go, tmp_path):
+    whole = go(store=str(tmp_path / "undisturbed"), seal_steps=0)
+    from waystation.training import trainer
+
+    class Late(trainer.Tuner):
+        def compute_loss(self, model, *args, **kw):
+            if model.training and self.state.global_step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return super().compute_loss(model, *args, **kw)
+
+    with pytest.MonkeyPatch.context() as m, pytest.raises(Interrupted, match="sealed at step 3"):
+        m.setattr(trainer, "Tuner", Late)
+        go(seal_steps=0)
+    resumed = go(seal_steps=0)
+    assert resumed["resumed_from"] == 3 and resumed["adapter_sha256"] == whole["adapter_sha256"]
+
+
+def test_messages_and_parquet_train_alike(go, tmp_path):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    plain = [json.loads(line) for line in open(rows(tmp_path / "plain.jsonl"))]
+    said = [
+        {"id": r["id"], "messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
+        for r in plain
+    ]
+    pq.write_table(pa.Table.from_pylist(said), tmp_path / "said.parquet")
+    a, b = go(run="a", max_steps=2, eval_steps=0), go(run="b", max_steps=2, eval_steps=0, data=str(tmp_path / "said.parquet"))
+    assert a["adapter_sha256"] == b["adapter_sha256"]
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"task": "grpo"}, "task='grpo'"),
+        ({"method": "dora"}, "method='dora'"),
+        ({"target_modules": "q_proj,c_attn"}, "no c_attn; its linear modules are down_proj, gate_proj, k_proj"),
+        ({"eval_steps": 7}, "eval_steps=7 never fires: there are 6 steps"),
+        ({"seal_steps": 60}, "seal_steps=60 never fires"),
+        ({"max_length": 513}, "beyond the model's 512 positions"),
+        ({"max_length": 20}, "their completion would be lost"),
+        ({"batch_size": 0}, "batch_size=0"),
+    ],
+)
+def test_refused_parameters(go, tmp_path, change, says):
+    with pytest.raises(Refused, match=says):
+        go(**change)
+    assert not [n for n in Store(str(tmp_path / "store")).list("runs") if "begun" not in n], "nothing half sealed"
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"completion": "[Generated answer for question 8]"}, "line 8 has the placeholder"),
+        ({"completion": "  "}, "line 8 has an empty completion"),
+        ({"prompt": [{"role": "boss", "content": "Do it"}]}, "role 'boss'"),
+        ({"completion": None}, "line 8 has a completion by"),
+    ],
+)
+def test_refused_rows(go, tmp_path, change, says):
+    with pytest.raises(Refused, match=says):
+        go(data=rows(tmp_path / "bad.jsonl", **change))
+
+
+def test_rows_on_both_sides_are_refused(go, tmp_path):
+    with pytest.raises(Refused, match="40 prompts stand both"):
+        go(eval_data=rows(tmp_path / "same.jsonl"))
+
+
+def test_learns_what_trl_learns(go, tmp_path, monkeypatch):
+    "Our loss over completions alone gives the training that TRL's own loss gives."
+    from trl import SFTTrainer
+
+    from waystation.training import trainer
+
+    ours = go(run="ours", lora_dropout=0.0)
+    monkeypatch.setattr(trainer.Tuner, "compute_loss", SFTTrainer.compute_loss)
+    trls = go(run="trls", lora_dropout=0.0)
+    for (_, a), (_, b) in zip(ours["loss"], trls["loss"], strict=True):
+        assert a == pytest.approx(b, rel=2e-2)
