@@ -79,7 +79,8 @@ def sequences(tmp_path):
 def test_banking_chunks_agree_with_sentence_transformers(tmp_path, oracle):
     docs = pq.read_table(resolve("asset:banking", "source").path)
     pq.write_table(docs.take(list(range(0, docs.num_rows, 4))), tmp_path / "docs.parquet")  # every category, every length
-    report = embed(run="parity", store=str(tmp_path / "store"), source=str(tmp_path / "docs.parquet"), keep="title,category")
+    report = embed(run="parity", store=str(tmp_path / "store"), source=str(tmp_path / "docs.parquet"), keep="title,category",
+                   chunk_tokens=200, chunk_overlap=40, shard_rows=64)
     table = sealed(report)
     assert report["rows"] == table.num_rows > 200 and report["quarantined"] == report["truncated"] == 0
     assert len(set(table["id"].to_pylist())) == table.num_rows
@@ -219,6 +220,7 @@ def test_counts_and_reasons(sequences, tmp_path):
     table = sealed(report)
     assert table.column_names == ["id", "doc_id", "text", "n_tokens", "vector", "n"]
     assert table["n"].to_pylist() == [i for i in range(17) if i not in (3, 4)]
+    assert "random" in report["weights"]  # a model that was never trained is called so
     json.dumps(report, allow_nan=False)
 
 
@@ -245,7 +247,7 @@ def test_bad_input_is_refused(sequences, tmp_path):
         ("a", r"'body' is not a column.*id, sequence, n", dict(text="body")),
         ("b", "keep='nope'", dict(keep="nope")),
         ("c", "max_tokens=1000.*512", dict(max_tokens=1000)),
-        ("d", "row 's7' has 248 tokens.*takes 199", dict(max_tokens=200, on_long="error")),
+        ("d", "row 's7' has 248 tokens.*takes 199.*truncate or window", dict(max_tokens=200, on_long="error")),
         ("e", "chunk_tokens=512.*room for 511", dict(chunk_tokens=512)),
         ("f", "chunk_overlap=50", dict(chunk_tokens=50, chunk_overlap=50)),
         ("g", "on_long='cut'", dict(on_long="cut")),

@@ -14,7 +14,7 @@ from waystation.store import Store
 pytestmark = pytest.mark.slow
 
 TRAIN = ["train", "--run", "k", "--max-steps", "8", "--seal-steps", "2", "--eval-steps", "0", "--batch-size", "2", "--eval-rows", "2", "--warmup-steps", "1"]
-EMBED = ["embed", "--run", "k", "--limit", "160", "--shard-rows", "8"]
+EMBED = ["embed", "--run", "k", "--limit", "160", "--shard-rows", "8", "--chunk-tokens", "200"]
 
 
 def kill_after(args, env, cwd, kind, seals):

@@ -129,7 +129,7 @@ def test_messages_and_parquet_train_alike(go, tmp_path):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    plain = [json.loads(line) for line in open(rows(tmp_path / "plain.jsonl"))]
+    plain = [json.loads(line) for line in Path(rows(tmp_path / "plain.jsonl")).read_text().splitlines()]
     said = [
         {"id": r["id"], "messages": [{"role": "user", "content": r["prompt"]}, {"role": "assistant", "content": r["completion"]}]}
         for r in plain

@@ -254,17 +254,16 @@ def read_weights(
                       f"other sizes {wrong}; use a plain BERT encoder whose config.json is its own")
     return out
 
-# %% ../../nbs/embedding/21_encoder.ipynb #13f338ee
+# %% ../../nbs/embedding/21_encoder.ipynb #e1c74738
 class Encoder(nnx.Module):
     "A post-norm transformer encoder over packed rows, its layers stacked and scanned; computes in the type of its weights."
+    word:Any  # [V, D]; like every name of TABLE, set from `weights`
+
     def __init__(self, config:Config, weights:Mapping[str,Any]): # Arrays by the names of TABLE
         self.config = config
         for name, shape in shapes(config).items():
             if weights[name].shape != shape: raise ValueError(f"{name} has shape {weights[name].shape}, {config} needs {shape}")
             setattr(self, name, nnx.Param(weights[name]))
-
-    @property
-    def dtype(self) -> Any: return getattr(self, 'word').dtype
 
     def __call__(self, tokens_BT:jax.Array, positions_BT:jax.Array, segments_BT:jax.Array) -> jax.Array:
         "Last hidden states [B, T, D]."
@@ -286,7 +285,7 @@ def block(x_BTD:jax.Array, w:Mapping[str,jax.Array], segments_BT:jax.Array, eps:
     f = jnp.einsum('BTF,FD->BTD', h, w['down']) + w['down_bias']
     return norm(x + f, w['norm2_scale'], w['norm2_bias'], eps)
 
-# %% ../../nbs/embedding/21_encoder.ipynb #f50fc922
+# %% ../../nbs/embedding/21_encoder.ipynb #90188129
 def load(
     folder:str|Path,         # Model folder with config.json and model.safetensors
     dtype:Any=jnp.float32,   # What the weights are kept and multiplied in
@@ -310,7 +309,7 @@ def vectors(
 ) -> jax.Array:        # [B, S, D] float32
     "Packed rows to one vector a segment."
     # float32 means float32: left alone, a TPU multiplies in bfloat16 and a GPU in tf32
-    exact = encoder.dtype == jnp.float32
+    exact = encoder.word.dtype == jnp.float32
     with jax.default_matmul_precision('highest' if exact else 'default'):
         x = pool(encoder(tokens_BT, positions_BT, segments_BT), positions_BT, segments_BT, segments, pooling)
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if normalize else x

@@ -20,7 +20,7 @@ def check(model:str, source:str, engine:str, dtype:str, shard_rows:int, limit:in
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #6711084e
+# %% ../../nbs/stations/3_embed.ipynb #17b169c6
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -31,23 +31,23 @@ def embed(
     source:str='asset:banking',   # Rows: Parquet, JSONL, CSV or FASTA
     text:str='text',              # Column with the text or sequence
     id:str='id',                  # Column with the unique id
-    keep:str='title,category',    # Columns to carry along, separated by commas
+    keep:str='',                  # Columns to carry along, separated by commas
     limit:int=0,                  # At most so many rows; 0: all
     model:str='asset:minilm',     # Model folder: config.json, model.safetensors, tokenizer
     pooling:str='',               # mean or cls; '': what the model says
     max_tokens:int=0,             # Tokens a text, special ones included; 0: what the model says
-    chunk_tokens:int=200,         # Tokens a chunk; 0: no chunks, a row is one text
+    chunk_tokens:int=0,           # Tokens a chunk; 0: no chunks, a row is one text
     chunk_overlap:int=40,         # Tokens that neighbouring chunks share
     on_long:str='truncate',       # Over max_tokens: truncate, window (average over windows) or error
     on_duplicate:str='error',     # A repeated id: error, or first (the later rows are set aside)
-    shard_rows:int=64,            # Source rows a shard: what a kill can cost
+    shard_rows:int=1024,          # Source rows a shard: what a kill can cost
     dtype:str='float32',          # How vectors are kept: float32 or float16
     engine:str='jax',             # What computes: jax
 ) -> dict[str,Any]:               # The report: rows, quarantined, shards, shards_at, dim, tokens, fill, …
     "Embed the rows of `source` into sealed shards of vectors."
     params = dict(locals())
     check(model, source, engine, dtype, shard_rows, limit)
-    from waystation.embedding.engine import Cut, embed_rows, kept_columns, open_model
+    from waystation.embedding.engine import Cut, embed_rows, kept_columns, open_model, refuse_long
     from waystation.rows import Rows
     cut, kept = Cut(chunk_tokens, chunk_overlap, on_long), kept_columns(keep, id, text)
     with begin('embed', params) as job:
@@ -56,9 +56,8 @@ def embed(
         scan = rows.scan(on_duplicate)
         m = open_model(job.inputs['model'].path, pooling, max_tokens)
         cut.check(m)
+        refuse_long(m, rows, cut)
         done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype)
-        long = done.pop('long')
-        return job.finish(done | dict(
-            truncated=long if on_long == 'truncate' else 0, windowed=long if on_long == 'window' else 0, shards_at=f'{job.base}/shards',
-            dim=m.config.dim, dtype=dtype, engine=engine, pooling=m.recipe.pooling, normalized=m.recipe.normalize, max_tokens=m.recipe.max_tokens,
-            model=model, model_fingerprint=job.inputs['model'].fingerprint, source=source, source_fingerprint=scan.fingerprint))
+        return job.finish(done | m.about | dict(
+            shards_at=f'{job.base}/shards', dtype=dtype, engine=engine, model=model, model_fingerprint=job.inputs['model'].fingerprint,
+            source=source, source_fingerprint=scan.fingerprint))

@@ -166,7 +166,7 @@ def _rows(job: Any) -> tuple[list[dict], list[dict]]: # Training rows, held-out 
                              'take them out of one of the two')
     return train, held[:job.params['eval_rows'] or None]
 
-# %% ../../nbs/training/14_trainer.ipynb #987c9036
+# %% ../../nbs/training/14_trainer.ipynb #4a811eda
 def load_model(
     path: str | Path,  # A model folder
     method: str,       # 'qlora' or 'lora'
@@ -179,6 +179,7 @@ def load_model(
     model = AutoModelForCausalLM.from_pretrained(path, dtype=kind, quantization_config=four if method == 'qlora' else None, **where)
     for m in model.modules():
         if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
     return model.requires_grad_(False)
 
 # %% ../../nbs/training/14_trainer.ipynb #96c291eb
@@ -231,14 +232,15 @@ def prepare(
     max_new = 2*max(sum(x['completion_mask']) for x in exam)  # room for a model that says the same in more words
     return Course(trainer, model, tokenizer, held, len(train), total, cut + cut_held, max_new, dtype, why, bar)
 
-# %% ../../nbs/training/14_trainer.ipynb #7ec8cc4e
+# %% ../../nbs/training/14_trainer.ipynb #5f57d906
 def examine(c: Course) -> dict:  # eval_loss, metrics, outputs
     "Held-out loss, answers and marks of the model as it is now."
-    loss = c.trainer.evaluate()['eval_loss']  # also puts the model into the precision that it trains in, before it answers
+    known = [x['eval_loss'] for x in c.trainer.state.log_history if x['step'] == c.total and 'eval_loss' in x]
+    loss = known[-1] if known else c.trainer.evaluate()['eval_loss']  # puts the model into the precision that it trains in, before it answers
     outputs = generate_answers(c.model, c.tokenizer, c.held, max_new=c.max_new, tick=c.bar.update)
     return {'eval_loss': round(loss, 6), 'metrics': score(c.held, outputs), 'outputs': outputs}
 
-# %% ../../nbs/training/14_trainer.ipynb #21af0ce7
+# %% ../../nbs/training/14_trainer.ipynb #5242f685
 def fit(
     c: Course,
     job: Any,   # An open job
@@ -246,20 +248,21 @@ def fit(
     "Train to the last step, from the last sealed checkpoint if there is one."
     last, at = job.latest('checkpoints'), 0
     if last: at, start = int(last.split('/')[-1]), job.store.fetch(last, job.work/'resume'/f"checkpoint-{last.split('/')[-1]}")
-    c.bar.update(at*job.params['batch_size']*job.params['grad_accum'])
+    c.bar.update(len(c.held) - c.bar.n + at*job.params['batch_size']*job.params['grad_accum'])  # a baseline that was sealed is not made again
     with Monitor(job, job.params) as monitor:
         keeper = Keeper(lambda folder, n: job.seal(folder, 'checkpoints', n, {'step': n, 'precision': c.precision}), job.params, c.bar, monitor)
         c.trainer.add_callback(keeper)
         restore = on_sigterm(keeper)
         try:
             transformers.set_seed(job.params['seed'])
-            if at < c.total: c.trainer.train(resume_from_checkpoint=str(start) if last else None)
+            if at < c.total:
+                c.trainer.train(resume_from_checkpoint=str(start) if last else None)
+                said = c.trainer.state.log_history
             else:
                 set_peft_model_state_dict(c.model, load_file(start/'adapter_model.safetensors'))
-                c.trainer.state = TrainerState.load_from_json(str(start/'trainer_state.json'))
+                said = TrainerState.load_from_json(str(start/'trainer_state.json')).log_history
         finally: restore()
     shutil.rmtree(job.work/'resume', ignore_errors=True)
-    said = c.trainer.state.log_history
     return {'resumed_from': at, 'loss': [[x['step'], round(x['loss'], 5)] for x in said if 'loss' in x],
             'evals': [[x['step'], round(x['eval_loss'], 5)] for x in said if 'eval_loss' in x and x['step']],
             'tokens_per_s': round(c.trainer.tokens/keeper.seconds, 1) if keeper.seconds else None}
@@ -288,10 +291,11 @@ model = AutoPeftModelForCausalLM.from_pretrained("this folder")
 The base model was read from `{path}` (`base_model_name_or_path` in adapter_config.json). {fetch}
 """
 
-# %% ../../nbs/training/14_trainer.ipynb #2d02e90e
+# %% ../../nbs/training/14_trainer.ipynb #4560853c
 NOTES = {'asset:banking': """
-What the figures do not say: the word-overlap picker shows how easy the right passage is to tell apart, so the claim is "learnt to answer
-and to cite", not "retrieves better". Much of the base model's low score is form: it was not shown the format. Held-out rows are of
+What the figures do not say: a picker that counts shared words needs no model and does as well or better here, because a question repeats
+the words of its passage. So the claim is "learnt to answer and to cite", not "retrieves better". (The picker may say eight words, of
+which the value need only be a part.) Much of the base model's low score is form: it was not shown the format. Held-out rows are of
 other documents, but their products also occur in training.
 
 ## Data and licence
