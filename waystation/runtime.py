@@ -91,13 +91,17 @@ def devices() -> list[Device]: # Best first: TPU, GPU, CPU
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return [*found, Device('cpu', _cpu_name(), cores, round(psutil.virtual_memory().total/1e9, 1))]
 
-# %% ../nbs/01_runtime.ipynb #3dc56d97
+# %% ../nbs/01_runtime.ipynb #d24db844
 def precision(
     device:Device|None=None, # None: the best one of this machine
-) -> tuple[str,str]:         # A type's name ('bfloat16', 'float16', 'float32') and the reason
-    "The type to compute in on `device`, and why."
+) -> tuple[str,str]:         # Its name ('bfloat16', 'float16', 'float32') and the reason
+    "The type to train in on `device`, and why."
     device = device or devices()[0]
-    if device.kind == 'cpu': return 'float32', 'CPU: float32 is exact and everywhere; bfloat16 without its instructions is 2 to 3 times slower'
+    if device.kind == 'cpu':
+        info = Path('/proc/cpuinfo')
+        if info.exists() and ' amx_bf16' in info.read_text():
+            return 'bfloat16', 'CPU with amx_bf16: matrix instructions for bfloat16, measured 1.6 times as fast as float32 in half the memory'
+        return 'float32', 'CPU without amx_bf16: bfloat16 without its instructions is 2 to 3 times slower than float32'
     if device.kind == 'tpu': return 'bfloat16', f'{device.name}: the matrix unit of a TPU computes in bfloat16'
     known = chip(device.name)
     if known: return known.precision, f'{device.name}: {known.source}'

@@ -5,10 +5,12 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/stations/2_train.ipynb #49fb5883
+# %% ../../nbs/stations/2_train.ipynb #9725d392
 from typing import Any
 
-# %% ../../nbs/stations/2_train.ipynb #d9341b55
+from ..recipe import begin
+
+# %% ../../nbs/stations/2_train.ipynb #391a5de8
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -32,22 +34,18 @@ def train(
     batch_size:int=8,      # Rows at once
     grad_accum:int=1,      # Batches before an optimizer step
     max_length:int=512,    # Tokens a row may have
-    eval_steps:int=25,     # Held-out loss every so many steps; 0 only before and after
+    eval_steps:int=0,      # Held-out loss every so many steps; 0 only before and after
     seal_steps:int=10,     # Seal a checkpoint every so many steps; 0 by time alone
     seal_minutes:float=30.,# Seal a checkpoint at the latest after so many minutes
     eval_rows:int=0,       # Examine on so many held-out rows; 0 for all
 ) -> dict[str,Any]:        # The report: loss, metrics, samples, adapter
     "Fine-tune a language model, and measure it on held-out rows before and after."
     params = dict(locals())
-    from waystation.assets import resolve
-    from waystation.recipe import begin
     with begin('train', params) as job:
-        report = job.report
-        if report is None:
-            from waystation.training.trainer import conclude, examine, fit, prepare
-            course = prepare(job)  # refuses what cannot work
-            before = job.read('baseline') or job.note('baseline', examine(course))
-            fitted = fit(course, job)
-            report = job.finish(conclude(course, job, before, fitted, examine(course)))
-        # The adapter's folder is a copy in this machine's cache: on another machine it lies elsewhere.
-        return {**report, 'adapter': str(resolve(f"store:{report['model']}", 'model', job.store).path)}
+        if job.report: return job.report
+        from waystation.training.trainer import conclude, examine, fit, prepare
+        course = prepare(job)  # refuses what cannot work
+        before = job.read('baseline') or job.note('baseline', examine(course))
+        fitted = fit(course, job)
+        done = conclude(course, job, before, fitted, examine(course))
+        return job.finish(done, files={'adapter': (done['model'], '')})
