@@ -3,8 +3,6 @@
 .DEFAULT_GOAL := help
 .PHONY: help env demo test check build site test-colab clean
 BIN := .venv/bin
-# Waiting threads that spin take a third of a small machine.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 help:
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 20

@@ -63,7 +63,7 @@ def parser(
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
     return p
 
-# %% ../nbs/90_cli.ipynb #51bffce0
+# %% ../nbs/90_cli.ipynb #3c6aacf6
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -93,7 +93,8 @@ def _headline_export(r:dict[str,Any]) -> list[tuple[str,str]]:
     for k, m in (r.get('retrieval') or {}).items():
         if not isinstance(m, dict): continue
         ceiling = f", ceiling {m['ceiling']:.3f}" if m.get('ceiling', 1) < 1 else ''
-        rows.append((k, f"{m['value']:.3f} [{m['low']:.3f}, {m['high']:.3f}]{ceiling}"))
+        low, high = m['interval']
+        rows.append((k, f"{m['value']:.3f} [{low:.3f}, {high:.3f}]{ceiling}"))
     return [*rows, ('table', r['table'])]
 
 # %% ../nbs/90_cli.ipynb #fd3f48ad

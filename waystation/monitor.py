@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'progress', 'Watched', 'Monitor', 'device_memory']
 
-# %% ../nbs/05_monitor.ipynb #927ba592
-import logging, sys
+# %% ../nbs/05_monitor.ipynb #f3edd15b
+import logging, os, sys
 from typing import Any, Protocol
 
 from tqdm import tqdm
@@ -25,7 +25,7 @@ def progress(
     "A bar with rate and time left."
     return tqdm(total=total, desc=f'{desc:<10}', unit=unit, initial=initial, file=sys.stderr, ncols=100, mininterval=0.5, unit_scale=total > 10_000)
 
-# %% ../nbs/05_monitor.ipynb #b0a313c9
+# %% ../nbs/05_monitor.ipynb #29307877
 class Watched(Protocol):
     "What a monitor needs to know of the job that it watches."
     @property
@@ -42,6 +42,7 @@ class Monitor:
         mode:Any = settings()['wandb_mode']
         if mode == 'disabled': self.failed = 'switched off by wandb_mode'; return
         try:
+            os.environ.setdefault('WANDB_SILENT', 'true')  # its own notices would break the progress bar
             import wandb
             if mode == 'online' and not secret('WANDB_API_KEY'): mode = 'offline'
             folder = cache()/'wandb'

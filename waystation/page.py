@@ -13,7 +13,7 @@ from typing import Any
 from .recipe import station_notebook
 from .store import Store
 
-# %% ../nbs/07_page.ipynb #c777709d
+# %% ../nbs/07_page.ipynb #24e62a33
 _SKIPPED = {'bootstrap', 'injected-parameters'}
 
 def _shown(cell:dict[str,Any]) -> bool:
@@ -36,8 +36,8 @@ def write_page(
             nb = nbformat.read(file, as_version=4)
         cells.append(nbformat.v4.new_markdown_cell(f"---\n`{report['step']}`, attempt {report['attempt']}, {report['seconds']:g} s"))
         cells += [c for c in nb.cells if _shown(c)]
+    for n, cell in enumerate(cells): cell['id'] = f'c{n}'  # two steps of one station have the same ids
     page = nbformat.v4.new_notebook(cells=cells, metadata={'title': f"waystation: {result['run']}"})
-    for n, cell in enumerate(page.cells): cell['id'] = f'c{n}'  # two steps of one station have the same ids
     # No scripts from elsewhere: the page works offline, and opening it tells nobody.
     body, _ = HTMLExporter(template_name='classic', mathjax_url='', require_js_url='', jquery_url='', exclude_input_prompt=True,
                            exclude_output_prompt=True).from_notebook_node(page)

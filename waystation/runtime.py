@@ -6,7 +6,7 @@
 __all__ = ['Refused', 'Interrupted', 'platform', 'packaged', 'settings', 'cache', 'Device', 'devices', 'precision', 'host_memory',
            'secret', 'machine', 'process', 'is_alive']
 
-# %% ../nbs/01_runtime.ipynb #9fdd5729
+# %% ../nbs/01_runtime.ipynb #78a78499
 import configparser, functools, os, socket, sys
 from dataclasses import dataclass
 from importlib import resources
@@ -15,6 +15,10 @@ from pathlib import Path
 
 import psutil
 from .chips import chip
+
+# Read by OpenMP when torch is loaded, which is later. Threads that spin while they wait take the processor from those that
+# work: on a shared machine a training step took five times as long.
+os.environ.setdefault('OMP_WAIT_POLICY', 'PASSIVE')
 
 # %% ../nbs/01_runtime.ipynb #9ca1304a
 class Refused(Exception):
