@@ -63,7 +63,7 @@ def parser(
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
     return p
 
-# %% ../nbs/90_cli.ipynb #3c6aacf6
+# %% ../nbs/90_cli.ipynb #16e85d59
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -79,18 +79,20 @@ def headline(
                 ('speed', f"{r['rows_per_second']:.0f} rows/s")]
     return _headline_export(r)
 
+_MARKS = ('format', 'citation', 'answer', 'both', 'exact')  # in this order; a seal sorts its keys
+
 def _headline_train(r:dict[str,Any]) -> list[tuple[str,str]]:
     def share(m): return f"{m['hits']}/{m['n']} [{m['low']:.2f}, {m['high']:.2f}]"
     rows = [('steps', f"{r['steps']}" + (f", resumed from {r['resumed_from']}" if r['resumed_from'] else '')),
             ('held-out loss', f"{r['eval_loss']['before']:.3f} before, {r['eval_loss']['after']:.3f} after")]
     for who in ('base', 'tuned', 'word_overlap'):
-        if r['metrics'].get(who): rows.append((who.replace('_', ' '), ', '.join(f'{k} {share(m)}' for k, m in r['metrics'][who].items())))
+        if m := r['metrics'].get(who): rows.append((who.replace('_', ' '), ', '.join(f'{k} {share(m[k])}' for k in _MARKS if k in m)))
     return [*rows, ('adapter', r['adapter'])]
 
 def _headline_export(r:dict[str,Any]) -> list[tuple[str,str]]:
     rows = [('rows', f"{r['rows']:,} of {r['dim']} dimensions"), ('index', r['index'])]
     if recall := r.get('index_recall'): rows.append((f"index recall@{recall['k']}", f"{recall['recall']:.3f} against exact search, {recall['n']} queries"))
-    for k, m in (r.get('retrieval') or {}).items():
+    for k, m in sorted((r.get('retrieval') or {}).items(), key=lambda x: (x[0].split('@')[0], len(x[0]), x[0])):
         if not isinstance(m, dict): continue
         ceiling = f", ceiling {m['ceiling']:.3f}" if m.get('ceiling', 1) < 1 else ''
         low, high = m['interval']

@@ -13,14 +13,16 @@ from typing import Any
 from .recipe import station_notebook
 from .store import Store
 
-# %% ../nbs/07_page.ipynb #24e62a33
-_SKIPPED = {'bootstrap', 'injected-parameters'}
-
+# %% ../nbs/07_page.ipynb #7dc824d1
 def _shown(cell:dict[str,Any]) -> bool:
-    "Leave out what only a machine reads: the badge, the bootstrap, exports, and cells of Python that show nothing."
+    "Prose and outputs; the badge is for the notebook, and code that shows nothing for its reader."
     if cell['cell_type'] == 'markdown': return '/assets/colab-badge.svg' not in cell['source']
-    if _SKIPPED & set(cell['metadata'].get('tags', [])) or cell['source'].startswith('#| default_exp'): return False
-    return bool(cell['outputs']) or 'parameters' in cell['metadata'].get('tags', [])
+    return bool(cell['outputs'])
+
+def _heading(report:dict[str,Any]) -> str: # Markdown
+    "What was run, and with which parameters."
+    params = ', '.join(f'`{k}={v}`' for k, v in report['params'].items() if v not in ('', False) and k not in ('run', 'step'))
+    return f"---\n**{report['step']}**, attempt {report['attempt']}, {report['seconds']:g} s, peak {report['peak_gb']:g} GB\n\n{params}"
 
 def write_page(
     result:dict[str,Any],  # What `run_recipe` returned
@@ -34,12 +36,12 @@ def write_page(
         with tempfile.TemporaryDirectory() as tmp:
             file = place.fetch(result['notebooks'][report['step']], tmp)/station_notebook(report['station']).name
             nb = nbformat.read(file, as_version=4)
-        cells.append(nbformat.v4.new_markdown_cell(f"---\n`{report['step']}`, attempt {report['attempt']}, {report['seconds']:g} s"))
+        cells.append(nbformat.v4.new_markdown_cell(_heading(report)))
         cells += [c for c in nb.cells if _shown(c)]
     for n, cell in enumerate(cells): cell['id'] = f'c{n}'  # two steps of one station have the same ids
     page = nbformat.v4.new_notebook(cells=cells, metadata={'title': f"waystation: {result['run']}"})
     # No scripts from elsewhere: the page works offline, and opening it tells nobody.
-    body, _ = HTMLExporter(template_name='classic', mathjax_url='', require_js_url='', jquery_url='', exclude_input_prompt=True,
+    body, _ = HTMLExporter(template_name='classic', mathjax_url='', require_js_url='', jquery_url='', exclude_input=True, exclude_input_prompt=True,
                            exclude_output_prompt=True).from_notebook_node(page)
     to = Path(to)
     to.parent.mkdir(parents=True, exist_ok=True)
