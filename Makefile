@@ -11,7 +11,7 @@ env: ## make .venv, or do nothing when it is current
 	@PYTHON="$(PYTHON)" tools/env.sh
 
 demo: env ## setup, train, embed, export on real data; a second time it finds everything done
-	WAYSTATION_STORE="$${WAYSTATION_STORE:-$(CURDIR)/runs/store}" $(BIN)/waystation run recipes/demo.yaml --run demo
+	WAYSTATION_STORE="$${WAYSTATION_STORE:-$(CURDIR)/runs/store}" $(BIN)/waystation run recipes/demo.yaml --run demo --page runs/demo.html
 
 test: check ## every check: `make check`, the notebooks, and the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print

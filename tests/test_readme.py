@@ -30,7 +30,7 @@ def test_the_readme_commands_run(env, tmp_path):
     (tmp_path / "nbs").symlink_to(ROOT / "nbs")
     env = env | {"PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
     commands = [line for line in SHELL if line.startswith(("waystation ", "papermill "))]
-    python = [text for kind, text in BLOCKS if kind == "python"]
+    python = [text for kind, text in BLOCKS if kind == "py"]
     assert len(commands) >= 2 and len(python) == 1
     for command in [*map(shlex.split, commands), [sys.executable, "-c", python[0]]]:
         done = subprocess.run(command, cwd=tmp_path, env=env, capture_output=True, text=True)

@@ -11,6 +11,7 @@ as long as the cell that they belong to has the same source.
 
 import argparse
 import hashlib
+import json
 import re
 import shutil
 import subprocess
@@ -148,7 +149,10 @@ def figures(root: Path, executed: Path) -> list[Path]:
         nb = nbformat.read(path, as_version=4)
         for cell in nb.cells:
             if cell.cell_type == "code" and cell.id in outputs:
-                cell.outputs = [o for o in outputs[cell.id] if o.get("name") != "stderr"]
+                shown = json.dumps([o for o in outputs[cell.id] if o.get("name") != "stderr"])
+                # Paths of the machine that ran it mean nothing to a reader.
+                shown = re.sub(r"(/[\w.-]+)+/runs/store", "runs/store", shown).replace(str(Path.home()), "~")
+                cell.outputs = [nbformat.from_dict(o) for o in json.loads(shown)]
                 for o in cell.outputs:
                     if o.output_type == "execute_result":
                         o.execution_count = None

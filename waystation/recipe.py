@@ -301,7 +301,7 @@ def _finished(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]|N
     with begin(station, params) as job:
         return job.report if job.report and job.latest('notebooks') else None
 
-# %% ../nbs/06_recipe.ipynb #7890d8e0
+# %% ../nbs/06_recipe.ipynb #5869df13
 def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: # The step's report
     "Run a station's notebook through papermill and seal what it looked like."
     import papermill
@@ -310,7 +310,8 @@ def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: #
     with tempfile.TemporaryDirectory(dir=cache()) as tmp:
         out = Path(tmp)/source.name
         try:
-            papermill.execute_notebook(source, out, parameters=params, kernel_name='python3', progress_bar=False, log_output=False, stderr_file=sys.stderr)
+            papermill.execute_notebook(source, out, parameters=params, kernel_name='python3', progress_bar=False, log_output=False,
+                                       stderr_file=sys.stderr, extra_arguments=['--IPKernelApp.log_level=40'])  # errors only: the bars are beside it
         except papermill.PapermillExecutionError as e:
             if e.ename == 'Refused': raise Refused(e.evalue) from None
             if e.ename in ('Interrupted', 'KeyboardInterrupt'): raise Interrupted(e.evalue or f'{station} was interrupted') from None
