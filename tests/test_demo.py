@@ -9,7 +9,7 @@ import nbformat
 import pytest
 from conftest import ROOT, WAYSTATION
 
-from waystation.recipe import station_notebook
+from waystation.recipe import show_run, station_notebook
 from waystation.store import Store
 
 pytestmark = pytest.mark.slow
@@ -46,6 +46,7 @@ def test_the_journey_and_again(cli, env, tmp_path):
         nb = nbformat.read(store.fetch(name, tmp_path / step) / station_notebook(station).name, as_version=4)
         assert all(o.output_type != "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs)
 
+    assert "store:vectors/banking/v1" in cli("show", "small") and "finished" in cli("show")
     shown = cli("show", "small", "--json")
     assert [s["station"] for s in shown["steps"]] == ["setup", "train", "embed", "embed", "export", "export"]
     assert all(s["report"] for s in shown["steps"])
@@ -66,11 +67,21 @@ def test_the_journey_and_again(cli, env, tmp_path):
     assert "seed was 0, is 1" in changed and "--restart" in changed
 
 
-def test_a_station_by_plain_papermill(env, tmp_path):
-    "`papermill nbs/stations/3_embed.ipynb out.ipynb -p …`, as the README says."
-    out = tmp_path / "out.ipynb"
-    args = ["-p", "run", "pm", "-p", "store", env["WAYSTATION_STORE"], "-p", "source", "asset:banking", "-p", "limit", "20", "-p", "shard_rows", "5"]
-    command = [Path(WAYSTATION).with_name("papermill"), ROOT / "nbs/stations/3_embed.ipynb", out, *args, "-k", "python3"]
-    done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr[-3000:]
-    assert len(Store(env["WAYSTATION_STORE"]).list("runs/pm/embed/1/shards")) == 4
+def test_stations_by_plain_papermill(env, tmp_path):
+    "`papermill nbs/stations/3_embed.ipynb out.ipynb -p …`, as the README says, each with parameters that are not the defaults."
+    changed = {
+        "1_setup": dict(model="asset:minilm", data="asset:banking"),
+        "2_train": dict(max_steps=1, batch_size=1, eval_rows=1, warmup_steps=0, lora_r=4),
+        "3_embed": dict(source="asset:banking", limit=20, shard_rows=5),
+        "4_export": dict(index="none", table="pm", ask="What is the annual fee?"),
+    }
+    for station, params in changed.items():
+        pairs = [x for k, v in dict(params, run="pm", store=env["WAYSTATION_STORE"]).items() for x in ("-p", k, str(v))]
+        command = [Path(WAYSTATION).with_name("papermill"), ROOT / f"nbs/stations/{station}.ipynb", tmp_path / "out.ipynb", *pairs, "-k", "python3"]
+        done = subprocess.run(command, env=env, cwd=tmp_path, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+    shown = {s["step"]: s for s in show_run(Store(env["WAYSTATION_STORE"]), "pm")["steps"]}
+    assert list(shown["setup"]["report"]["inputs"]) == ["asset:banking", "asset:minilm"]
+    assert (shown["train"]["report"]["steps"], shown["train"]["params"]["lora_r"]) == (1, 4)
+    assert (shown["embed"]["seals"]["shards"], shown["embed"]["report"]["rows"]) == (4, 20)
+    assert (shown["export"]["report"]["rows"], len(shown["export"]["report"]["answers"])) == (20, 3)

@@ -1,5 +1,7 @@
 """Runs and recipes: a typo binds nobody, a changed parameter never mixes, a taken-over writer stops."""
 
+from pathlib import Path
+
 import pytest
 
 from waystation.recipe import begin, load_recipe, run_recipe, show_run, station_parameters
@@ -90,6 +92,20 @@ def test_every_station_has_the_names_that_scripts_rely_on():
     }
     for station, names in own.items():
         assert shared | set(names.split()) <= set(station_parameters(station)), station
+
+
+def test_files_of_a_report_are_fetched_where_it_is_read(params, tmp_path, monkeypatch):
+    (tmp_path / "made").mkdir()
+    (tmp_path / "made/weights").write_text("1")
+    for machine in ("a", "b"):  # the second has an empty cache
+        monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / machine))
+        with begin("embed", params) as job:
+            if not job.report:
+                job.publish(tmp_path / "made", "models/a/v1")
+                job.finish({}, files={"adapter": ("models/a/v1", "weights")})
+            path = Path(job.report["adapter"])
+        assert path.is_relative_to(tmp_path / machine) and path.read_text() == "1"
+    assert show_run(Store(params["store"]), "a")["steps"][0]["report"]["adapter"] == "store:models/a/v1"
 
 
 def test_show_tells_what_a_run_did(params):

@@ -99,7 +99,7 @@ def _headline_export(r:dict[str,Any]) -> list[tuple[str,str]]:
         rows.append((k, f"{m['value']:.3f} [{low:.3f}, {high:.3f}]{ceiling}"))
     return [*rows, ('table', r['table'])]
 
-# %% ../nbs/90_cli.ipynb #fd3f48ad
+# %% ../nbs/90_cli.ipynb #6f507232
 def table(
     reports:list[dict[str,Any]], # Of one or more steps
 ) -> str:
@@ -116,9 +116,9 @@ def _show(result:dict[str,Any]) -> str: # Of `show_run` or `show_runs`, for a pe
     lines = []
     for s in result['steps']:
         seals = ', '.join(f'{n} {k}' for k, n in s['seals'].items())
-        lines.append(f"{s['step']} ({s['station']}), attempt {s['attempt']}, begun {s['begun']}\n  seals      {seals}")
-        lines.append('  params     ' + ', '.join(f'{k}={v!r}' for k, v in s['params'].items() if k not in ('run', 'store', 'step')))
-        if s['report']: lines += [f'  {what:<10} {value}' for what, value in [('time', f"{s['report']['seconds']:g} s"), *headline(s['report'])]]
+        lines.append(f"{s['step']} ({s['station']}), attempt {s['attempt']}, begun {s['begun']}\n  {'seals':<16} {seals}")
+        lines.append(f"  {'params':<16} " + ', '.join(f'{k}={v!r}' for k, v in s['params'].items() if k not in ('run', 'store', 'step')))
+        if s['report']: lines += [f'  {what:<16} {value}' for what, value in [('time', f"{s['report']['seconds']:g} s"), *headline(s['report'])]]
     return '\n'.join(lines)
 
 # %% ../nbs/90_cli.ipynb #deee908f

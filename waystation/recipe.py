@@ -85,7 +85,7 @@ class Shards:
         if self.folder is not None: yield self.folder/name; return
         with tempfile.TemporaryDirectory(dir=cache()) as tmp: yield self.store.fetch(name, tmp)
 
-# %% ../nbs/06_recipe.ipynb #b81454b4
+# %% ../nbs/06_recipe.ipynb #e09ee71e
 def read_report(
     store:Store,  # Where the run is
     base:str,     # An attempt, for example 'runs/banking/embed/1'
@@ -93,7 +93,7 @@ def read_report(
     "The report of a step, with paths of this machine."
     if not store.has(f'{base}/report'): return None
     report = store.read(f'{base}/report').meta
-    return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report.get('files', {}).items()}
+    return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
 # %% ../nbs/06_recipe.ipynb #34cf96fe
 class Job:
@@ -332,7 +332,7 @@ def _tidy(path:Path):
         if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if o.get('name') != 'stderr']
     path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding='utf-8')
 
-# %% ../nbs/06_recipe.ipynb #a7ef3aca
+# %% ../nbs/06_recipe.ipynb #7962bd69
 def show_runs(
     store:Store, # Where to look
 ) -> list[dict[str,Any]]: # One dictionary a run, with its steps and whether they are finished
@@ -354,7 +354,9 @@ def show_run(
     for ref, seal in refs.items():
         base, begun = seal.rsplit('/', 1)[0], store.read(seal)
         kinds = [n.removeprefix(base + '/').split('/')[0] for n in store.list(base)]
+        report = store.read(f'{base}/report').meta if 'report' in kinds else None
+        if report: report |= {key: f'store:{name}' for key, (name, _) in report['files'].items()}  # to look is not to fetch
         steps.append(dict(step=ref.split('/')[-1], station=begun.meta['station'], attempt=int(base.split('/')[-1]), begun=begun.created,
                           params=begun.meta['params'], seals={k: kinds.count(k) for k in dict.fromkeys(kinds)},
-                          report=store.read(f'{base}/report').meta if 'report' in kinds else None))
+                          report=report))
     return dict(run=run, store=store.url, steps=sorted(steps, key=lambda s: s['begun']))
