@@ -5,15 +5,15 @@
 # %% auto #0
 __all__ = ['write_page']
 
-# %% ../nbs/07_page.ipynb #2a204854
-import tempfile
+# %% ../nbs/07_page.ipynb #7326b30f
+import re, tempfile
 from pathlib import Path
 from typing import Any
 
 from .recipe import station_notebook
 from .store import Store
 
-# %% ../nbs/07_page.ipynb #7dc824d1
+# %% ../nbs/07_page.ipynb #1cd7b5fb
 def _shown(cell:dict[str,Any]) -> bool:
     "Prose and outputs; the badge is for the notebook, and code that shows nothing for its reader."
     if cell['cell_type'] == 'markdown': return '/assets/colab-badge.svg' not in cell['source']
@@ -38,11 +38,14 @@ def write_page(
             nb = nbformat.read(file, as_version=4)
         cells.append(nbformat.v4.new_markdown_cell(_heading(report)))
         cells += [c for c in nb.cells if _shown(c)]
-    for n, cell in enumerate(cells): cell['id'] = f'c{n}'  # two steps of one station have the same ids
+    for n, cell in enumerate(cells):
+        cell['id'] = f'c{n}'  # two steps of one station have the same ids
+        if cell.cell_type == 'markdown': cell['source'] = re.sub(r'\[([^\]]+)\]\([^)]+\.ipynb\)', r'\1', cell['source'])  # no notebooks beside the page
     page = nbformat.v4.new_notebook(cells=cells, metadata={'title': f"waystation: {result['run']}"})
-    # No scripts from elsewhere: the page works offline, and opening it tells nobody.
-    body, _ = HTMLExporter(template_name='classic', mathjax_url='', require_js_url='', jquery_url='', exclude_input=True, exclude_input_prompt=True,
-                           exclude_output_prompt=True).from_notebook_node(page)
+    body, _ = HTMLExporter(template_name='classic', exclude_input=True, exclude_input_prompt=True, exclude_output_prompt=True).from_notebook_node(page)
+    # Tables and pictures need no scripts, and the template's come from other hosts: the page works offline, and opening it tells nobody.
+    body = re.sub(r'<script\b.*?</script>', '', body, flags=re.S)
+    body = body.replace('</head>', '<style>.rendered_html td { overflow-wrap: anywhere; vertical-align: top; }</style></head>', 1)
     to = Path(to)
     to.parent.mkdir(parents=True, exist_ok=True)
     to.write_text(body, encoding='utf-8')
