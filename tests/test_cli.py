@@ -1,5 +1,6 @@
 """Bad input on the command line: exit code 2, one sentence with the value, the rule and the way out, and nothing sealed."""
 
+import gzip
 import json
 import os
 
@@ -98,8 +99,19 @@ def test_a_changed_parameter_is_refused_with_both_ways_out(cli, env, source):
     assert cli(*args, "--restart", "--json")["attempt"] == 2
 
 
-def test_json_says_what_was_refused(cli):
-    assert cli("show", "nothing", "--json", code=2)
+def test_json_says_what_was_refused(cli, env):
+    said = cli("show", "nothing", "--json", code=2)
+    message = f"no run 'nothing' in store {env['WAYSTATION_STORE']}; there are: none"
+    assert said == {"error": "refused", "message": message, "exit": 2}
+
+
+def test_inputs_that_no_library_may_answer_for(cli, env, tmp_path):
+    assert "data='' names nothing" in refused(cli, env, "train", "--data", "")
+    (tmp_path / "cut.jsonl.gz").write_bytes(gzip.compress(b'{"id": "a", "text": "x"}\n' * 999)[:40])
+    assert "is not whole gzip" in refused(cli, env, *EMBED, "--source", tmp_path / "cut.jsonl.gz")
+    pq.write_table(pa.table({"id": ["a"], "text": [["x"]]}), tmp_path / "nested.parquet")
+    assert "has the type list" in refused(cli, env, *EMBED, "--source", tmp_path / "nested.parquet")
+    assert "on_duplicate='last'" in refused(cli, env, *EMBED, "--source", "asset:banking", "--on-duplicate", "last")
 
 
 def test_help_of_a_station_names_every_parameter(cli):

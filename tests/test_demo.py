@@ -47,7 +47,7 @@ def test_the_journey_and_again(cli, env, tmp_path):
         nb = nbformat.read(store.fetch(name, tmp_path / step) / station_notebook(station).name, as_version=4)
         assert all(o.output_type != "error" for c in nb.cells if c.cell_type == "code" for o in c.outputs)
 
-    assert "store:vectors/banking/v1" in cli("show", "small") and "finished" in cli("show")
+    assert "store:vectors/small/v1" in cli("show", "small") and "finished" in cli("show")
     shown = cli("show", "small", "--json")
     assert [s["station"] for s in shown["steps"]] == ["setup", "train", "embed", "embed", "export", "export"]
     assert all(s["report"] for s in shown["steps"])

@@ -35,6 +35,35 @@ def test_a_finished_restart_begins_anew_and_a_killed_one_goes_on(params):
         assert job.attempt == 3
 
 
+def test_a_restart_that_was_killed_goes_on_even_when_it_is_the_first_attempt(params):
+    for _ in range(2):
+        with begin("embed", params | dict(restart=True)) as job:
+            assert job.attempt == 1
+            job.seal(None, "shards", 0, {})
+
+
+def test_a_kill_between_the_first_seal_and_its_ref(params, monkeypatch):
+    "The attempt is there, the ref is not: the next try finds it, and other parameters are refused as ever."
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as m:
+        m.setattr(Store, "refer", killed)
+        with pytest.raises(KeyboardInterrupt), begin("embed", params) as job:
+            job.seal(None, "shards", 0, {})
+    with pytest.raises(Refused, match="seed was 0, is 1"), begin("embed", params | dict(seed=1)):
+        pass
+    with begin("embed", params | dict(take_over=True)) as job:
+        assert job.attempt == 1
+        job.seal(None, "shards", 0, {})
+    assert Store(params["store"]).resolve("runs/a/embed") == "runs/a/embed/1/begun"
+
+
+def test_a_run_named_by_a_number(params):
+    with begin("embed", params | dict(run=2024)) as job:
+        assert job.base == "runs/2024/embed/1"
+
+
 def test_a_writer_that_was_taken_over_cannot_seal(params):
     with begin("embed", params) as old:
         with begin("embed", params | dict(take_over=True)) as new:
@@ -62,6 +91,9 @@ def test_the_packaged_recipe_loads():
         ("steps: [{station: embed}, {station: embed}]", "two steps named 'embed'"),
         ("steps: [{station: embed, shard_rows: many}]", "must be a whole number"),
         ("steps: [{station: embed, run: x}]", "unknown key 'run'"),
+        ("steps: [embed]", "has the step 'embed'"),
+        ("steps: [{station: embed, step: a b}]", "each word between slashes"),
+        ("steps: [{station: embed, shard_rows: .inf}]", "must be a whole number"),
         ("stages: []", "no list `steps`"),
         ("steps: [", "is not YAML"),
     ],

@@ -129,6 +129,19 @@ def test_a_damaged_manifest_is_named(tmp_path):
         store.read("models/a/v1")
 
 
+def test_sealing_over_a_torn_blob_mends_it(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/a").write_bytes(b"x" * 1000)
+    store = Store(tmp_path / "store")
+    store.seal(tmp_path / "work", "models/a/v1")
+    blob = tmp_path / "store" / store.place.keys("blobs")[0]
+    for damaged in (b"x" * 500, b"y" * 1000):
+        blob.write_bytes(damaged)
+        assert len(store.verify("models/a/v1", read_data=True)) == 1
+        store.seal(tmp_path / "work", f"models/a/v{len(damaged)}")
+        assert store.verify("models/a/v1", read_data=True) == []
+
+
 def test_unicode_and_subfolders_come_back(tmp_path):
     work = tmp_path / "work"
     (work / "größe/三").mkdir(parents=True)

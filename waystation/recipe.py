@@ -7,8 +7,8 @@ __all__ = ['log', 'HOW', 'INPUTS', 'locate', 'identity', 'difference', 'Shards',
            'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe', 'show_runs',
            'show_run']
 
-# %% ../nbs/06_recipe.ipynb #2c5a158e
-import ast, contextlib, hashlib, json, logging, re, shutil, signal, sys, tempfile, threading, time
+# %% ../nbs/06_recipe.ipynb #28dec1b1
+import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -95,7 +95,7 @@ def read_report(
     report = store.read(f'{base}/report').meta
     return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
-# %% ../nbs/06_recipe.ipynb #34cf96fe
+# %% ../nbs/06_recipe.ipynb #00cbc42b
 class Job:
     "One attempt at one step of a run, with the right to write it."
     def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease):
@@ -112,8 +112,9 @@ class Job:
     def _begin(self, wanted:dict[str,Any]) -> int: # The attempt to go on with
         "Go on with the current attempt, or begin the first or next one."
         ref = f'runs/{self.run}/{self.step}'
-        begun = self.store.read(ref) if ref in self.store.refs(ref) else None
-        number = int(begun.name.split('/')[-2]) if begun else 0
+        # The ref may lag behind: a kill can fall between the first seal of an attempt and the move of the ref.
+        number = max((int(n.split('/')[-2]) for n in self.store.list(ref) if n.endswith('/begun')), default=0)
+        begun = self.store.read(f'{ref}/{number}/begun') if number else None
         if begun:
             changed, done = difference(begun.meta['identity'], wanted), self.store.has(f'{ref}/{number}/report')
             # A restart that was killed goes on; one that was finished, or never was one, begins anew.
@@ -121,9 +122,10 @@ class Job:
             if changed and not again:
                 raise Refused(f"run {self.run!r} has a step {self.step!r} with other parameters: {changed}. One run never mixes two: "
                               "choose a new run name, or pass --restart to begin this step anew (what was sealed stays)")
-            if not again: return number
-        restart = bool(self.params['restart']) and bool(begun)
-        self._new = dict(identity=wanted, params=self.params, station=self.station, restart=restart, version=version('waystation'))
+            if not again:
+                self.store.refer(ref, begun.name)
+                return number
+        self._new = dict(identity=wanted, params=self.params, station=self.station, restart=bool(self.params['restart']), version=version('waystation'))
         return number + 1
 
     def _shards(self, value:str) -> str:
@@ -191,27 +193,29 @@ class Job:
         self.seal(None, 'report', meta=doc)
         return read_report(self.store, self.base) or {}
 
-# %% ../nbs/06_recipe.ipynb #15799262
+# %% ../nbs/06_recipe.ipynb #e0b08d94
 @contextlib.contextmanager
 def begin(
     station:str,            # 'setup', 'train', 'embed' or 'export'
     params:dict[str,Any],   # All arguments of the station's function
 ) -> Iterator[Job]:
     "Open a job: checks, then the lease, then the inputs. SIGTERM, which spot machines send, ends it cleanly."
+    params = params | {k: str(params[k]) for k in ('run', 'step')}  # papermill reads `-p run 2024` as a number
     for key in ('run', 'step'): check_name(params[key])
     if '/' in params['run'] or '/' in params['step']: raise Refused(f"run={params['run']!r}, step={params['step']!r}: a name of a run or step has no slash")
     params = params | {'store': params['store'] or settings()['store']}
     store = Store(params['store'])
     def stop(*_): raise Interrupted(f"{params['run']}/{params['step']} was asked to stop; what is sealed stays, and the same command goes on from there")
     main = threading.current_thread() is threading.main_thread()
-    before = signal.signal(signal.SIGTERM, stop) if main else None
     lease = Lease(store.place, params['run'], params['take_over'])
+    before = signal.signal(signal.SIGTERM, stop) if main else None
+    store.place.sweep()
     try: yield Job(station, params, store, lease)
     finally:
         lease.release()
         if main: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/06_recipe.ipynb #6280b4c6
+# %% ../nbs/06_recipe.ipynb #03e599de
 def station_notebook(
     station:str, # 'setup', 'train', 'embed' or 'export'
 ) -> Path:
@@ -237,19 +241,19 @@ def check_value(name:str, value:Any, default:Any) -> Any: # The value in the def
     if isinstance(default, str): return '' if value is None else str(value)
     kind = 'a whole number' if isinstance(default, int) else 'a number'
     try: number = type(default)(value)
-    except (TypeError, ValueError) as e: raise Refused(f"{name}={value!r} must be {kind}, like {default}") from e
+    except (TypeError, ValueError, OverflowError) as e: raise Refused(f"{name}={value!r} must be {kind}, like {default}") from e
     if isinstance(default, int) and float(value) != number: raise Refused(f"{name}={value!r} must be a whole number, like {default}")
     return number
 
-# %% ../nbs/06_recipe.ipynb #ac4d1fe4
+# %% ../nbs/06_recipe.ipynb #4ddad522
 def load_recipe(
     path:str|Path,                  # A YAML file, or the name of a packaged recipe such as 'demo'
     changes:tuple[str,...]=(),      # 'STEP.KEY=VALUE', as `--set` gives them
 ) -> list[dict[str,Any]]:           # One dictionary a step: 'station', 'step' and all parameters that differ from the defaults
     "Read a recipe; refuse what no station knows, before anything runs."
     file = Path(path)
-    if not file.exists(): file = packaged('recipes')/f'{path}.yaml'
-    if not file.exists():
+    if not file.is_file(): file = packaged('recipes')/f'{path}.yaml'
+    if not file.is_file():
         there = sorted(p.stem for p in packaged('recipes').glob('*.yaml'))
         raise Refused(f"recipe {str(path)!r} does not exist; name a YAML file, or one of {', '.join(there)}")
     try: doc = yaml.safe_load(file.read_text(encoding='utf-8'))
@@ -257,8 +261,10 @@ def load_recipe(
     if not isinstance(doc, dict) or not isinstance(doc.get('steps'), list):
         raise Refused(f"recipe {file} has no list `steps`; each step has a `station` and its parameters")
     if extra := set(doc) - {'steps', 'about'}: raise Refused(f"recipe {file} has the unknown key {sorted(extra)[0]!r}; a recipe has `about` and `steps`")
+    if bad := [s for s in doc['steps'] if not isinstance(s, dict)]:
+        raise Refused(f"recipe {file} has the step {bad[0]!r}; a step is a mapping such as {{station: embed, source: rows.parquet}}")
     steps = [dict(s, step=str(s.get('step', s.get('station')))) for s in doc['steps']]
-    names = [s['step'] for s in steps]
+    names = [check_name(s['step']) for s in steps]
     if len(set(names)) < len(names):
         raise Refused(f"recipe {file} has two steps named {max(names, key=names.count)!r}; give each its own `step`")
     for change in changes:
@@ -273,7 +279,7 @@ def load_recipe(
             s[key] = check_value(f"{s['step']}.{key}", s[key], defaults[key])
     return steps
 
-# %% ../nbs/06_recipe.ipynb #f9766324
+# %% ../nbs/06_recipe.ipynb #31c4776f
 def run_recipe(
     recipe:str|Path,               # A YAML file or a packaged recipe's name
     run:str,                       # The run's name; the same name goes on
@@ -286,6 +292,7 @@ def run_recipe(
     steps, store = load_recipe(recipe, changes), store or settings()['store']
     place, reports, notebooks = Store(store), [], {}
     for s in steps:
+        if s.get('cache'): os.environ['WAYSTATION_CACHE'] = str(s['cache'])  # a kernel cannot set it for the next one
         params = station_parameters(s['station']) | {k: v for k, v in s.items() if k != 'station'}
         params |= dict(run=run, store=store, restart=restart or bool(s.get('restart', False)), take_over=take_over)
         done = _finished(s['station'], params, place)
@@ -301,7 +308,7 @@ def _finished(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]|N
     with begin(station, params) as job:
         return job.report if job.report and job.latest('notebooks') else None
 
-# %% ../nbs/06_recipe.ipynb #5869df13
+# %% ../nbs/06_recipe.ipynb #058ede62
 def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: # The step's report
     "Run a station's notebook through papermill and seal what it looked like."
     import papermill
@@ -315,6 +322,9 @@ def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: #
         except papermill.PapermillExecutionError as e:
             if e.ename == 'Refused': raise Refused(e.evalue) from None
             if e.ename in ('Interrupted', 'KeyboardInterrupt'): raise Interrupted(e.evalue or f'{station} was interrupted') from None
+            if e.ename == 'OSError' and re.match(r'\[Errno (28|122)\]', e.evalue or ''):
+                raise Refused(f"step {params['step']} found no space left ({e.evalue}): make room, or set "
+                              "WAYSTATION_CACHE to another disk; what is sealed stays") from None
             kept = Path(shutil.copy(out, cache()/f"failed-{params['run']}-{params['step']}.ipynb"))
             raise RuntimeError(f"step {params['step']} failed with {e.ename}: {e.evalue}\nthe notebook as it stopped: {kept}") from e
         except DeadKernelError as e:

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['find_files', 'Scan', 'Rows']
 
-# %% ../nbs/03_rows.ipynb #0acc81f9
-import csv, gzip, hashlib, io, itertools, json
+# %% ../nbs/03_rows.ipynb #be9247ba
+import csv, gzip, hashlib, io, itertools, json, zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,7 +18,9 @@ import pyarrow.parquet as pq
 from .runtime import Refused
 from .store import fingerprint
 
-# %% ../nbs/03_rows.ipynb #817b27fa
+# %% ../nbs/03_rows.ipynb #4c650bfd
+csv.field_size_limit(2**31 - 1)  # a genome is longer than the 131,072 characters that csv allows by default
+
 _FORMATS = {'.parquet': 'parquet', '.jsonl': 'jsonl', '.ndjson': 'jsonl', '.csv': 'csv',
             '.fasta': 'fasta', '.fa': 'fasta', '.fna': 'fasta'}
 
@@ -41,7 +43,7 @@ def find_files(
     if empty: raise Refused(f"source file {empty[0]} is empty; a source needs at least one row: remove the file or name another")
     return files
 
-# %% ../nbs/03_rows.ipynb #db9e96ec
+# %% ../nbs/03_rows.ipynb #23c899d7
 def _open(path:Path) -> io.TextIOWrapper:
     "Open as UTF-8, through gzip when the name says so; a byte-order mark is not part of the first column's name."
     raw = gzip.open(path, 'rb') if path.suffix == '.gz' else open(path, 'rb')
@@ -71,6 +73,9 @@ def _records(path:Path) -> Iterator[dict[str,Any]]:
                     yield row
         except json.JSONDecodeError as e:
             raise Refused(f"{path}, line {n}: {line[:60].strip()!r} is not JSON ({e.msg}); mend or remove the line") from e
+        except (EOFError, gzip.BadGzipFile, zlib.error) as e:
+            raise Refused(f"{path} is not whole gzip ({e}); copy it again: it may be truncated") from e
+        except csv.Error as e: raise Refused(f"{path} is not CSV ({e}); mend the file") from e
         except UnicodeDecodeError as e:
             raise Refused(f"{path}: byte {e.object[e.start]:#x} is not UTF-8; save the file as UTF-8") from e
 
@@ -93,7 +98,7 @@ def _columns(path:Path) -> list[str]:
     first = next(_records(path), None)
     return list(first) if first else []
 
-# %% ../nbs/03_rows.ipynb #6a123f5c
+# %% ../nbs/03_rows.ipynb #940c13ec
 @dataclass(frozen=True)
 class Scan:
     "What one look at the ids of a source tells."
@@ -168,12 +173,15 @@ class Rows:
         "Name and order the columns as `schema` says."
         wanted = self.schema
         arrays = [batch.column(self.id), batch.column(self.text), *(batch.column(k) for k in self.keep)]
+        for name, a in zip((self.id, self.text), arrays, strict=False):
+            if pa.types.is_nested(a.type): raise Refused(f"column {name!r} of {self.path} has the type {a.type}; ids and texts are strings or numbers: name another")
         return pa.RecordBatch.from_arrays([a.cast(f.type) for a, f in zip(arrays, wanted, strict=True)], schema=wanted)
 
     def scan(self,
         on_duplicate:str='error', # 'error' refuses duplicate ids, 'first' reports the later rows
     ) -> Scan:
         "One pass over the ids: how many rows, which are duplicates. Missing ids are refused."
+        if on_duplicate not in ('error', 'first'): raise Refused(f"on_duplicate={on_duplicate!r}; use 'error', or 'first' to set later rows aside")
         seen:dict[bytes,int] = {}
         duplicates:dict[int,int] = {}
         n = 0

@@ -6,8 +6,8 @@
 __all__ = ['Refused', 'Interrupted', 'platform', 'packaged', 'settings', 'cache', 'Device', 'devices', 'precision', 'host_memory',
            'secret', 'machine', 'process', 'is_alive']
 
-# %% ../nbs/01_runtime.ipynb #78a78499
-import configparser, functools, os, socket, sys
+# %% ../nbs/01_runtime.ipynb #dbbc8e6a
+import configparser, functools, os, re, socket, sys
 from dataclasses import dataclass
 from importlib import resources
 from importlib.util import find_spec
@@ -35,23 +35,23 @@ def platform() -> str: # 'colab', 'kaggle', 'codespaces' or 'local'
     if os.environ.get('CODESPACES') == 'true': return 'codespaces'
     return 'local'
 
-# %% ../nbs/01_runtime.ipynb #4717f718
+# %% ../nbs/01_runtime.ipynb #c4d37305
 def packaged(name:str) -> Path: # A file or folder that travels with the package
     "The path of `name` inside the installed package, or in the checkout that it is developed in."
     package = Path(str(resources.files('waystation')))
     inside, outside = package/name, package.parent/{'notebooks': 'nbs/stations'}.get(name, name)
     return inside if inside.exists() else outside
 
-def settings(
-    store:str='', # A store's root folder, whose own settings.ini is read too
-) -> dict[str,str]: # Merged settings of this platform, with `~` expanded in paths
+def settings() -> dict[str,str]: # Merged settings of this platform, with `~` expanded in paths
     "Settings for this platform: packaged, then the user's, the store's, the working folder's, then WAYSTATION_*."
     ini = configparser.ConfigParser(interpolation=None)
     config_home = Path(os.environ.get('XDG_CONFIG_HOME', '~/.config')).expanduser()
-    places = [packaged('settings.ini'), config_home/'waystation/settings.ini']
-    if store: places.append(Path(store)/'settings.ini')
-    ini.read([*places, Path('settings.ini')], encoding='utf-8')
-    merged = dict(ini[platform()] if ini.has_section(platform()) else ini['DEFAULT'])
+    here = platform()
+    ini.read([packaged('settings.ini'), config_home/'waystation/settings.ini'], encoding='utf-8')
+    store = os.environ.get('WAYSTATION_STORE') or ini.get(here if ini.has_section(here) else 'DEFAULT', 'store')
+    ini.read(Path(store).expanduser()/'settings.ini', encoding='utf-8')
+    if Path('settings.ini').resolve() != packaged('settings.ini').resolve(): ini.read('settings.ini', encoding='utf-8')
+    merged = dict(ini[here] if ini.has_section(here) else ini['DEFAULT'])
     merged |= {k[len('WAYSTATION_'):].lower(): v for k, v in os.environ.items() if k.startswith('WAYSTATION_') and v}
     for key in ('store', 'cache'): merged[key] = os.path.expanduser(merged[key])
     return merged
@@ -134,12 +134,14 @@ def secret(
         except (userdata.SecretNotFoundError, userdata.NotebookAccessError): return None
     return None
 
-# %% ../nbs/01_runtime.ipynb #3ed6466e
+# %% ../nbs/01_runtime.ipynb #ee15a092
 @functools.lru_cache
 def machine() -> str:
     "This machine in this boot: two containers of one host differ by name, two boots by their id."
-    boot = Path('/proc/sys/kernel/random/boot_id')
-    return f"{socket.gethostname()}/{boot.read_text().strip()[:8] if boot.exists() else int(psutil.boot_time())}"
+    boot, space = Path('/proc/sys/kernel/random/boot_id'), Path('/proc/self/ns/pid')
+    # Containers may share a host's name and boot, but then number their processes apart.
+    where = boot.read_text().strip()[:8] + re.sub(r'\D', '', os.readlink(space)) if boot.exists() and space.exists() else int(psutil.boot_time())
+    return f'{socket.gethostname()}/{where}'
 
 def process() -> str:
     "This process in a form that `is_alive` understands."

@@ -11,16 +11,17 @@ from typing import Any
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/3_embed.ipynb #17bd7a8f
-def check(model:str, source:str, engine:str, dtype:str, shard_rows:int, limit:int) -> None:
+# %% ../../nbs/stations/3_embed.ipynb #aaa28438
+def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_rows:int, limit:int) -> None:
     "Refuse what is wrong with the arguments alone."
     if not model or not source: raise Refused(f"model={model!r}, source={source!r}: embed needs both; name a path, store:NAME, asset:NAME or a hub id")
     if engine != 'jax': raise Refused(f"engine={engine!r} does not exist; use engine='jax'")
     if dtype not in ('float32', 'float16'): raise Refused(f"dtype={dtype!r}: vectors are kept as 'float32' or 'float16'")
+    if on_duplicate not in ('error', 'first'): raise Refused(f"on_duplicate={on_duplicate!r}; use 'error', or 'first' to set later rows aside")
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #17b169c6
+# %% ../../nbs/stations/3_embed.ipynb #2033ac05
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -46,7 +47,7 @@ def embed(
 ) -> dict[str,Any]:               # The report: rows, quarantined, shards, shards_at, dim, tokens, fill, …
     "Embed the rows of `source` into sealed shards of vectors."
     params = dict(locals())
-    check(model, source, engine, dtype, shard_rows, limit)
+    check(model, source, engine, dtype, on_duplicate, shard_rows, limit)
     from waystation.embedding.engine import Cut, embed_rows, kept_columns, open_model, refuse_long
     from waystation.rows import Rows
     cut, kept = Cut(chunk_tokens, chunk_overlap, on_long), kept_columns(keep, id, text)

