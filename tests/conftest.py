@@ -43,14 +43,14 @@ def server():
     started = {}
     with contextlib.ExitStack() as stack:
 
-        def start(kind):
-            if kind not in started:
+        def start(kind, **options):
+            key = kind, *sorted(options.items())
+            if key not in started:
                 try:
-                    started[kind] = stack.enter_context(servers.ALL[kind]())
+                    started[key] = stack.enter_context(servers.ALL[kind](**options))
                 except servers.Missing as e:
-                    started[kind] = e
-            if isinstance(started[kind], servers.Missing):
-                (pytest.fail if os.environ.get("WAYSTATION_REQUIRE_SERVERS") == "1" else pytest.skip)(f"NOT CHECKED: {started[kind]}")
-            return started[kind]
+                    required = os.environ.get("WAYSTATION_REQUIRE_SERVERS") == "1"
+                    (pytest.fail if required else pytest.skip)(f"NOT CHECKED: {e}")
+            return started[key]
 
         yield start

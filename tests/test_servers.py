@@ -98,13 +98,11 @@ def test_google_cloud_storage_uses_the_same_server(server):
             blob.upload_from_string(b"other", if_generation_match=0)
 
 
-def test_rclone_remote_is_a_folder_behind_a_name(tmp_path):
-    if not (Path(sys.executable).parent / "rclone").exists():
-        pytest.skip("NOT CHECKED: rclone is not installed")
+def test_rclone_remote_is_a_folder_behind_a_name(server, tmp_path):
     (tmp_path / "a").write_text("hello")
-    with servers.rclone_remote(tmp_path / "drive") as s:
-        target = s.url.removeprefix("rclone:") + "/b/c"
-        subprocess.run(["rclone", "copyto", tmp_path / "a", target], env=os.environ | s.env, check=True)
+    s = server("rclone_remote", folder=tmp_path / "drive")
+    target = s.url.removeprefix("rclone:") + "/b/c"
+    subprocess.run(["sh", "-c", f"rclone copyto {tmp_path}/a {target}"], env=os.environ | s.env, check=True)
     assert (tmp_path / "drive/sub/b/c").read_text() == "hello"
 
 
