@@ -1,5 +1,6 @@
 """What the tests share: commands as a user types them, in a store and a working folder of their own."""
 
+import contextlib
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import servers
 
 ROOT = Path(__file__).resolve().parent.parent
 WAYSTATION = str(Path(sys.executable).parent / "waystation")
@@ -30,3 +32,25 @@ def cli(env, tmp_path):
         return json.loads(done.stdout) if "--json" in args else done.stderr if code else done.stdout
 
     return run
+
+
+@pytest.fixture(scope="session")
+def server():
+    """`server("gcs")`: one of servers.ALL, started at its first use and shared until the tests end; use names of your own in it.
+
+    Where its program is missing, the test is skipped and says so; with WAYSTATION_REQUIRE_SERVERS=1, as .ci/run has it, it fails.
+    """
+    started = {}
+    with contextlib.ExitStack() as stack:
+
+        def start(kind, **options):
+            key = kind, *sorted(options.items())
+            if key not in started:
+                try:
+                    started[key] = stack.enter_context(servers.ALL[kind](**options))
+                except servers.Missing as e:
+                    required = os.environ.get("WAYSTATION_REQUIRE_SERVERS") == "1"
+                    (pytest.fail if required else pytest.skip)(f"NOT CHECKED: {e}")
+            return started[key]
+
+        yield start

@@ -19,10 +19,11 @@ from packaging.version import Version
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+# `s3` is not here for the images with fsspec 2025.3: every aiobotocore that s3fs 2025.3 takes wants wrapt < 2, they have wrapt 2.
 IMAGES = {
-    "gpu": ["train", "export", "monitor", "notebook", "demo"],
-    "tpu": ["embed", "export", "monitor", "notebook", "demo"],
-    "plain": ["embed", "export", "demo"],
+    "gpu": ["train", "export", "monitor", "notebook", "demo", "cloud", "registry"],
+    "tpu": ["embed", "export", "monitor", "notebook", "demo", "cloud", "s3", "registry"],
+    "plain": ["embed", "export", "demo", "cloud", "registry"],
 }
 # A running kernel may have loaded these: replaced under it, they mean "restart the runtime".
 PROTECTED = {"torch", "torchvision", "torch-xla", "jax", "jaxlib", "libtpu", "flax", "numpy", "pandas", "pyarrow", "ipykernel"}
