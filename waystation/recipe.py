@@ -7,7 +7,7 @@ __all__ = ['log', 'HOW', 'INPUTS', 'locate', 'identity', 'difference', 'Shards',
            'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe', 'show_runs',
            'show_run']
 
-# %% ../nbs/09_recipe.ipynb #28dec1b1
+# %% ../nbs/09_recipe.ipynb #313b6a8e
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,7 +18,8 @@ import yaml
 
 from .assets import Located, local_copy, resolve
 from .runtime import Interrupted, Refused, cache, host_memory, packaged, settings
-from .store import Lease, Names, Store, check_name
+from .lease import Lease
+from .store import Names, Store, check_name
 
 log = logging.getLogger('waystation')
 
@@ -95,7 +96,7 @@ def read_report(
     report = store.read(f'{base}/report').meta
     return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
-# %% ../nbs/09_recipe.ipynb #00cbc42b
+# %% ../nbs/09_recipe.ipynb #916635ed
 class Job:
     "One attempt at one step of a run, with the right to write it."
     def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease):
@@ -105,7 +106,7 @@ class Job:
         self.inputs = {} if station == 'setup' else locate(params, store)
         self.shards = Shards(self._shards(params['shards']), store) if 'shards' in params else None
         self.attempt = self._begin(identity(params, self.inputs, self.shards))
-        key = hashlib.sha256(str(Path(store.url).resolve()).encode()).hexdigest()[:8]
+        key = hashlib.sha256(store.url.encode()).hexdigest()[:8]
         self.work = cache()/'work'/key/self.base  # scratch: kept between kills, removed by `finish`
         self.work.mkdir(parents=True, exist_ok=True)
 
@@ -164,7 +165,7 @@ class Job:
             begun = self.store.seal(None, f'{self.base}/begun', self._new).name
             self.store.refer(f'runs/{self.run}/{self.step}', begun)
             self._new = {}
-        return self.store.seal(folder, name, meta).name
+        return self.store.seal(folder, name, meta, self.lease.check).name
 
     def note(self, kind:str, meta:dict) -> dict:
         "Seal some JSON, and return it as it was sealed."

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['Refused', 'Interrupted', 'platform', 'packaged', 'settings', 'cache', 'Device', 'devices', 'precision', 'host_memory',
-           'secret', 'machine', 'process', 'is_alive']
+           'secret', 'redact', 'machine', 'process', 'is_alive']
 
 # %% ../nbs/01_runtime.ipynb #dbbc8e6a
 import configparser, functools, os, re, socket, sys
@@ -133,6 +133,23 @@ def secret(
         try: return userdata.get(name)
         except (userdata.SecretNotFoundError, userdata.NotebookAccessError): return None
     return None
+
+# %% ../nbs/01_runtime.ipynb #59852c6d
+_SECRET_NAME = re.compile(r'(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|_PAT)', re.I)
+_SECRET_TEXT = re.compile(
+    r'(?P<before>://)[^/\s:@]+:[^/\s@]+(?=@)'                                   # user:password@ in a URL
+    r'|(?P<query>[?&](?:X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|X-Goog-Signature|X-Goog-Credential|sig|signature|token|access_token|key|password)=)[^&\s"\'<>]+'
+    r'|(?P<bearer>\bBearer\s+)[\w.~+/=-]{8,}'
+    r'|\b(?:hf_[A-Za-z0-9]{20,}|ya29\.[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35})\b'  # tokens that show their kind
+    r'|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----', re.I | re.S)
+
+def redact(
+    text:str, # Anything that is about to be written down
+) -> str:     # The same with *** for every secret
+    "Take secrets out of a text: values of variables that are named like one, and what looks like a credential."
+    for name, value in os.environ.items():
+        if len(value) >= 8 and value in text and _SECRET_NAME.search(name) and not Path(value).exists(): text = text.replace(value, '***')
+    return _SECRET_TEXT.sub(lambda m: ''.join(v for v in m.groupdict().values() if v) + '***', text)
 
 # %% ../nbs/01_runtime.ipynb #ee15a092
 @functools.lru_cache
