@@ -68,6 +68,9 @@ class Proxy:
 
     def next(self, kind: str, when: str = "before", match: str = "", times: int = 1) -> None:
         "The next `times` requests whose 'METHOD /path' matches get this fault; `faults` does not matter for them."
+        if kind not in (*KINDS, "cut") or when not in ("before", "after"):
+            raise ValueError(f"no fault {kind!r} {when!r}; kinds are {', '.join(KINDS)} and cut, before or after the target has acted")
+        when = "during" if kind == "cut" else when
         self._ask("next", plan=[kind, when, match], times=times)
 
 
