@@ -88,7 +88,7 @@ async def patiently_async(call:Callable[[],Awaitable[T]]) -> T:
         try: return await call()
         except Exception as e: await asyncio.sleep(patience.after(e))
 
-# %% ../nbs/02_place.ipynb #1cf867ad
+# %% ../nbs/02_place.ipynb #91ed6ff6
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def explain(
@@ -96,10 +96,12 @@ def explain(
     url:str,         # The place
 ) -> Exception|None: # Refused or Interrupted; None when it is neither
     "The sentence for an error of a place."
-    said = redact(' '.join(f'{type(e).__name__}: {e}'.split())[:300])
+    whole = f"{getattr(e, 'status_code', '')} {e.reason} {e.error_details}" if getattr(e, 'error_details', None) else str(e)  # Drive's begins with a long URL
+    whole = redact(' '.join(f'{type(e).__name__}: {whole}'.split()))
+    said = whole[:300]
     status = {s for s, _, _ in _answers(e)}
-    low, soon = said.lower(), transient(e) is not None
-    if getattr(e, 'errno', None) in _FULL or ('quota' in low and not soon) or 'insufficientstorage' in low or 507 in status:
+    low, soon = whole.lower(), transient(e) is not None
+    if getattr(e, 'errno', None) in _FULL or 'quota' in low and not soon or 'insufficientstorage' in low or 507 in status:
         return Refused(f"store={url} is full or over its quota ({said}): nothing of this seal became visible, and what was sealed stays; "
                        "make room or name another store, then run it again")
     if not soon and (isinstance(e, PermissionError) or status & {401, 403}
@@ -201,7 +203,7 @@ def _publish(tmp:Path, target:Path) -> bool: # False when the name was taken
     _fsync_folder(target.parent)
     return True
 
-# %% ../nbs/02_place.ipynb #a492eb32
+# %% ../nbs/02_place.ipynb #2922f686
 class Folder(Place):
     "A folder of this machine, a mount or a stick."
     workers = 4  # A disk gains little from more, and each one syncs
@@ -278,7 +280,8 @@ class Folder(Place):
                 _publish(tmp, self.path(key))
 
     def sweep(self) -> None:
-        for f in (self.root/'.tmp').iterdir():
+        with telling(self.url): found = list((self.root/'.tmp').iterdir())
+        for f in found:
             with telling(self.url), contextlib.suppress(FileNotFoundError):  # another process sweeps as well
                 if time.time() - f.stat().st_mtime > 86_400: f.unlink()  # a day: no write takes so long
 

@@ -19,7 +19,7 @@ from .runtime import Refused, redact
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/03_remotes.ipynb #2894e23b
+# %% ../nbs/03_remotes.ipynb #467a7cfd
 @functools.cache
 def _gcs() -> Any:
     "Google Cloud Storage, each request asked with patience."
@@ -54,14 +54,15 @@ class _Kind:
     checked:str              # How an upload is known to have arrived
     options:dict[str,Any]
     extra:str = 'cloud'      # What `pip install 'waystation[…]'` needs
+    streams:bool = True      # A file that is written in pieces stays invisible until its last one
 
 _BUCKETS = {
     'gs': _Kind(_gcs, 'md5, compared by the service', dict(use_listings_cache=False, cache_timeout=0, consistency='md5')),
     's3': _Kind(_s3, 'crc32, compared by the service', dict(
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
-    'memory': _Kind(_memory, 'kept in memory', {})}
+    'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
 
-# %% ../nbs/03_remotes.ipynb #1d4dc93f
+# %% ../nbs/03_remotes.ipynb #d746b334
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -78,7 +79,7 @@ class Bucket(Place):
         kind, _, rest = url.partition('://')
         self.url, self.root = url.rstrip('/'), ('/' if kind == 'memory' else '') + rest.strip('/')
         known = _BUCKETS[kind]
-        self.checked = known.checked
+        self.checked, self._piece = known.checked, CHUNK if known.streams else -1
         self._seen:dict[str,tuple[int,float]] = {}
         if not rest.strip('/'): raise Refused(f"store={url!r} names no bucket; it is {kind}://BUCKET or {kind}://BUCKET/FOLDER")
         try: self.fs = known.fs()(skip_instance_cache=True, **known.options)
@@ -106,8 +107,8 @@ class Bucket(Place):
 
     def _upload(self, key:str, path:Path, digest:str) -> None:
         with open(path, 'rb') as src:
-            chunk, h = src.read(CHUNK), hashlib.sha256()
-            if len(chunk) < CHUNK:  # one request
+            chunk, h = src.read(self._piece), hashlib.sha256()
+            if len(chunk) < CHUNK or self._piece < 0:  # one request
                 if hashlib.sha256(chunk).hexdigest() != digest: raise changed(path)
                 return self.fs.pipe_file(self.path(key), chunk)
             out = self.fs.open(self.path(key), 'wb', block_size=CHUNK)
