@@ -62,7 +62,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
     'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
 
-# %% ../nbs/03_remotes.ipynb #d746b334
+# %% ../nbs/03_remotes.ipynb #2d0b3972
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -133,8 +133,9 @@ class Bucket(Place):
 
     def size(self, key:str) -> int|None:
         with self._told():
-            try: return self.fs.info(self.path(key))['size']
+            try: info = self.fs.info(self.path(key))
             except FileNotFoundError: return None
+            return info['size'] if info['type'] == 'file' else None
 
     def has(self, key:str, size:int, digest:str) -> bool:
         known = self._seen.get(key)
