@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #149a4aa3
+# %% ../nbs/06_store.ipynb #cda7ae6c
 import base64, hashlib, json, os, re, shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .doctor import doctor
 from .place import Place, changed
 from .remotes import open_place
 from .runtime import Refused
 from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, lost, new_manifest, plain,
                              read_manifest, seal_key)
 
-# %% ../nbs/06_store.ipynb #bb6bad81
+# %% ../nbs/06_store.ipynb #49196fa5
 Names = list[str]  # inside the class, `list` is a method
 class Store:
     "A durable place that shows complete, verified sets of files and nothing else."
@@ -179,6 +180,10 @@ class Store:
     def _last_ref(self, ref:str) -> tuple[int,str]|None:
         numbers = [int(m[1]) for k in self.place.keys(f'refs/{ref}') if (m := re.fullmatch(rf'refs/{re.escape(ref)}/(\d+)\.json', k))]
         return (max(numbers), check_name(json.loads(self.place.read(f'refs/{ref}/{max(numbers)}.json'))['name'])) if numbers else None
+
+    def doctor(self) -> dict[str,Any]:
+        "What this place really does, found out by trying."
+        return doctor(self.place)
 
     def refs(self, prefix:str='') -> dict[str,str]: # Ref -> the seal it points at
         "The refs below `prefix`."
