@@ -6,7 +6,6 @@ each report, so that short phases are hit as well as long ones.
 """
 
 import contextlib
-import os
 import random
 import shutil
 import subprocess

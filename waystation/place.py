@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'T', 'CHUNK', 'transient', 'Patience', 'patiently', 'patiently_async', 'explain', 'Entry', 'Place', 'changed',
-           'Folder']
+           'still_there', 'Folder']
 
-# %% ../nbs/02_place.ipynb #5d9b4070
+# %% ../nbs/02_place.ipynb #eccf7cb7
 import asyncio, contextlib, errno, hashlib, logging, os, random, shutil, tempfile, time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from .runtime import Interrupted, Refused, redact
 
@@ -108,7 +108,7 @@ def explain(
         return Interrupted(f"store={url} cannot be reached ({said}); when it answers again, the same command goes on: what was sealed stays")
     return None
 
-# %% ../nbs/02_place.ipynb #bbe56538
+# %% ../nbs/02_place.ipynb #df24b9aa
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -162,6 +162,11 @@ def changed(path:Path) -> Refused:
     "The sentence for a file that did not stand still."
     return Refused(f"{path} changed while it was being sealed; a seal holds files that stand still: seal a copy")
 
+def still_there(path:Path) -> BinaryIO:
+    "Open a file that was listed a moment ago."
+    try: return open(path, 'rb')
+    except FileNotFoundError as e: raise changed(path) from e
+
 # %% ../nbs/02_place.ipynb #8ea49667
 def _fsync_folder(path:Path):
     "Make a new name in `path` survive a power cut; where folders cannot be synced (FUSE) the file's own sync must do."
@@ -186,7 +191,7 @@ def _publish(tmp:Path, target:Path) -> bool: # False when the name was taken
     _fsync_folder(target.parent)
     return True
 
-# %% ../nbs/02_place.ipynb #e65325c7
+# %% ../nbs/02_place.ipynb #a2351eae
 class Folder(Place):
     "A folder of this machine, a mount or a stick."
     workers = 4  # A disk gains little from more, and each one syncs
@@ -239,7 +244,7 @@ class Folder(Place):
     def put(self, key:str, path:Path, digest:str) -> None:
         h = hashlib.sha256()
         with self._temporary() as tmp:
-            with open(path, 'rb') as src, open(tmp, 'wb') as dst:
+            with still_there(path) as src, open(tmp, 'wb') as dst:
                 while chunk := src.read(CHUNK):
                     h.update(chunk); dst.write(chunk)
                 dst.flush(); os.fsync(dst.fileno())

@@ -5,26 +5,38 @@
 # %% auto #0
 __all__ = ['Bucket', 'open_place']
 
-# %% ../nbs/03_remotes.ipynb #441e66a7
-import contextlib, functools, hashlib, os, time
+# %% ../nbs/03_remotes.ipynb #c98b68ba
+import contextlib, contextvars, functools, hashlib, os, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .place import CHUNK, Entry, Folder, Place, changed, explain, patiently, patiently_async
+from .place import CHUNK, Entry, Folder, Place, changed, explain, patiently, patiently_async, still_there
 from .runtime import Interrupted, Refused
 
-# %% ../nbs/03_remotes.ipynb #0dfbc291
+# %% ../nbs/03_remotes.ipynb #390612e8
 @functools.cache
 def _gcs() -> Any:
     "Google Cloud Storage, each request asked with patience."
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # else an emulator's bucket is probed for a minute
     import gcsfs
+    from aiohttp import TraceConfig
     ask = getattr(gcsfs.GCSFileSystem._request, '__wrapped__', gcsfs.GCSFileSystem._request)  # without gcsfs' own retries
+    headers:contextvars.ContextVar[Any] = contextvars.ContextVar('headers', default=None)
+    async def keep(session, context, end): headers.set(end.response.headers)
+    trace = TraceConfig()
+    trace.on_request_end.append(keep)
     class GCS(gcsfs.GCSFileSystem):
-        async def _request(self, *args, **kwargs): return await patiently_async(lambda: ask(self, *args, **kwargs))
+        def __init__(self, *args, **kwargs): super().__init__(*args, session_kwargs=dict(trace_configs=[trace]), **kwargs)
+        async def _once(self, *args, **kwargs):
+            headers.set(None)
+            try: return await ask(self, *args, **kwargs)
+            except Exception as e:
+                e.headers = headers.get()  # type: ignore[attr-defined]  # gcsfs' errors leave them out, and Retry-After with them
+                raise
+        async def _request(self, *args, **kwargs): return await patiently_async(lambda: self._once(*args, **kwargs))
     return GCS
 
 @functools.cache
@@ -57,7 +69,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64))),
     'memory': _Kind(_memory, 'kept in memory', {})}
 
-# %% ../nbs/03_remotes.ipynb #995a3f79
+# %% ../nbs/03_remotes.ipynb #758b2aa4
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -84,12 +96,13 @@ class Bucket(Place):
     def _told(self) -> Iterator[None]:
         try: yield
         except (FileNotFoundError, FileExistsError, Refused, Interrupted) as e:
-            if 'bucket' in str(e).lower() and isinstance(e, FileNotFoundError):
-                raise Refused(f"store={self.url}: the bucket does not exist; create it, or name another store") from e
+            if 'bucket' in str(e).lower() and isinstance(e, FileNotFoundError): raise self._no_bucket() from e
             raise
         except Exception as e:
             if (told := explain(e, self.url)) is None: raise
             raise told from e
+
+    def _no_bucket(self) -> Refused: return Refused(f"store={self.url}: the bucket does not exist; create it, or name another store")
 
     def path(self, key:str) -> str: return f'{self.root}/{key}'.rstrip('/')
 
@@ -97,14 +110,17 @@ class Bucket(Place):
         with self._told():
             try: self.fs.pipe_file(self.path(key), data, mode='create')
             except FileExistsError: return self.read(key) == data
+            except FileNotFoundError as e: raise self._no_bucket() from e
             return True
 
     def put(self, key:str, path:Path, digest:str) -> None:
-        with self._told(): patiently(lambda: self._upload(key, Path(path), digest))
+        with self._told():
+            try: patiently(lambda: self._upload(key, Path(path), digest))
+            except FileNotFoundError as e: raise self._no_bucket() from e
         self._seen[key] = (Path(path).stat().st_size, time.monotonic())
 
     def _upload(self, key:str, path:Path, digest:str) -> None:
-        with open(path, 'rb') as src:
+        with still_there(path) as src:
             chunk, h = src.read(CHUNK), hashlib.sha256()
             if len(chunk) < CHUNK:  # one request
                 if hashlib.sha256(chunk).hexdigest() != digest: raise changed(path)
