@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['log', 'T', 'CHUNK', 'transient', 'Patience', 'patiently', 'patiently_async', 'explain', 'telling', 'Entry', 'Place',
-           'changed', 'Folder']
+           'changed', 'still_there', 'Folder']
 
-# %% ../nbs/02_place.ipynb #0a6740fc
+# %% ../nbs/02_place.ipynb #bbfea04a
 import asyncio, contextlib, errno, hashlib, logging, os, random, shutil, stat, tempfile, time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, BinaryIO, ClassVar, TypeVar
 
 from .runtime import Interrupted, Refused, redact
 
@@ -88,7 +88,7 @@ async def patiently_async(call:Callable[[],Awaitable[T]]) -> T:
         try: return await call()
         except Exception as e: await asyncio.sleep(patience.after(e))
 
-# %% ../nbs/02_place.ipynb #91ed6ff6
+# %% ../nbs/02_place.ipynb #9411cd7f
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def explain(
@@ -101,7 +101,7 @@ def explain(
     said = whole[:300]
     status = {s for s, _, _ in _answers(e)}
     low, soon = whole.lower(), transient(e) is not None
-    if getattr(e, 'errno', None) in _FULL or 'quota' in low and not soon or 'insufficientstorage' in low or 507 in status:
+    if getattr(e, 'errno', None) in _FULL or ('quota' in low and not soon) or 'insufficientstorage' in low or 507 in status:
         return Refused(f"store={url} is full or over its quota ({said}): nothing of this seal became visible, and what was sealed stays; "
                        "make room or name another store, then run it again")
     if not soon and (isinstance(e, PermissionError) or status & {401, 403}
@@ -123,7 +123,7 @@ def telling(url:str) -> Iterator[None]:
         if (told := explain(e, url)) is None: raise
         raise told from e
 
-# %% ../nbs/02_place.ipynb #300f211e
+# %% ../nbs/02_place.ipynb #f57e8495
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -179,6 +179,11 @@ def changed(path:Path) -> Refused:
     "The sentence for a file that did not stand still."
     return Refused(f"{path} changed while it was being sealed; a seal holds files that stand still: seal a copy")
 
+def still_there(path:Path) -> BinaryIO:
+    "Open a file that was listed a moment ago."
+    try: return open(path, 'rb')
+    except FileNotFoundError as e: raise changed(path) from e
+
 # %% ../nbs/02_place.ipynb #fd110b43
 def _fsync_folder(path:Path):
     "Make a new name in `path` survive a power cut; where folders cannot be synced (FUSE) the file's own sync must do."
@@ -203,7 +208,7 @@ def _publish(tmp:Path, target:Path) -> bool: # False when the name was taken
     _fsync_folder(target.parent)
     return True
 
-# %% ../nbs/02_place.ipynb #2922f686
+# %% ../nbs/02_place.ipynb #9a6bebab
 class Folder(Place):
     "A folder of this machine, a mount or a stick."
     workers = 4  # A disk gains little from more, and each one syncs
@@ -268,7 +273,7 @@ class Folder(Place):
     def put(self, key:str, path:Path, digest:str) -> None:
         h = hashlib.sha256()
         with self._temporary() as tmp:
-            with open(path, 'rb') as src, open(tmp, 'wb') as dst:
+            with still_there(path) as src, open(tmp, 'wb') as dst:
                 while chunk := src.read(CHUNK):
                     h.update(chunk); dst.write(chunk)
                 dst.flush(); os.fsync(dst.fileno())

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Bucket', 'RcloneError', 'Rclone', 'Hub', 'Drive', 'open_place']
 
-# %% ../nbs/03_remotes.ipynb #f0041e6e
-import contextlib, functools, hashlib, http.client, io, json, logging, os, random, re, shutil, socket, subprocess, sys, tempfile, threading, time
+# %% ../nbs/03_remotes.ipynb #57156363
+import contextlib, contextvars, functools, hashlib, http.client, io, json, logging, os, random, re, shutil, socket, subprocess, sys, tempfile, threading, time
 import urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -14,20 +14,32 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, ClassVar
 
-from .place import CHUNK, Entry, Folder, Place, changed, patiently, patiently_async, telling
+from .place import CHUNK, Entry, Folder, Place, changed, patiently, patiently_async, still_there, telling
 from .runtime import Refused, redact
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/03_remotes.ipynb #467a7cfd
+# %% ../nbs/03_remotes.ipynb #e6f0146a
 @functools.cache
 def _gcs() -> Any:
     "Google Cloud Storage, each request asked with patience."
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # else an emulator's bucket is probed for a minute
     import gcsfs
+    from aiohttp import TraceConfig
     ask = getattr(gcsfs.GCSFileSystem._request, '__wrapped__', gcsfs.GCSFileSystem._request)  # without gcsfs' own retries
+    headers:contextvars.ContextVar[Any] = contextvars.ContextVar('headers', default=None)
+    async def keep(session, context, end): headers.set(end.response.headers)
+    trace = TraceConfig()
+    trace.on_request_end.append(keep)
     class GCS(gcsfs.GCSFileSystem):
-        async def _request(self, *args, **kwargs): return await patiently_async(lambda: ask(self, *args, **kwargs))
+        def __init__(self, *args, **kwargs): super().__init__(*args, session_kwargs=dict(trace_configs=[trace]), **kwargs)
+        async def _once(self, *args, **kwargs):
+            headers.set(None)
+            try: return await ask(self, *args, **kwargs)
+            except Exception as e:
+                e.headers = headers.get()  # type: ignore[attr-defined]  # gcsfs' errors leave them out, and Retry-After with them
+                raise
+        async def _request(self, *args, **kwargs): return await patiently_async(lambda: self._once(*args, **kwargs))
     return GCS
 
 @functools.cache
@@ -62,7 +74,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
     'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
 
-# %% ../nbs/03_remotes.ipynb #2d0b3972
+# %% ../nbs/03_remotes.ipynb #455eae31
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -91,7 +103,9 @@ class Bucket(Place):
             with telling(self.url): yield
         except FileNotFoundError as e:
             if 'bucket' not in str(e).lower(): raise
-            raise Refused(f"store={self.url}: the bucket does not exist; create it, or name another store") from e
+            raise self._no_bucket() from e
+
+    def _no_bucket(self) -> Refused: return Refused(f"store={self.url}: the bucket does not exist; create it, or name another store")
 
     def path(self, key:str) -> str: return f'{self.root}/{key}'.rstrip('/')
 
@@ -99,14 +113,17 @@ class Bucket(Place):
         with self._told():
             try: self.fs.pipe_file(self.path(key), data, mode='create')
             except FileExistsError: return self.read(key) == data
+            except FileNotFoundError as e: raise self._no_bucket() from e
             return True
 
     def put(self, key:str, path:Path, digest:str) -> None:
-        with self._told(): patiently(lambda: self._upload(key, Path(path), digest))
+        with self._told():
+            try: patiently(lambda: self._upload(key, Path(path), digest))
+            except FileNotFoundError as e: raise self._no_bucket() from e
         self._seen[key] = (Path(path).stat().st_size, time.monotonic())
 
     def _upload(self, key:str, path:Path, digest:str) -> None:
-        with open(path, 'rb') as src:
+        with still_there(path) as src:
             chunk, h = src.read(self._piece), hashlib.sha256()
             if len(chunk) < CHUNK or self._piece < 0:  # one request
                 if hashlib.sha256(chunk).hexdigest() != digest: raise changed(path)
