@@ -108,7 +108,7 @@ def explain(
         return Interrupted(f"store={url} cannot be reached ({said}); when it answers again, the same command goes on: what was sealed stays")
     return None
 
-# %% ../nbs/02_place.ipynb #bbe56538
+# %% ../nbs/02_place.ipynb #9cdd3774
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -144,6 +144,10 @@ class Place:
     def has(self, key:str, size:int, digest:str) -> bool:
         "Whether `key` is there with this size; a place that can cheaply tell more does."
         return self.size(key) == size
+
+    def keep(self, key:str, path:Path, size:int, digest:str) -> None:
+        "`put`, unless it is there."
+        if not self.has(key, size, digest): self.put(key, path, digest)
 
     def keys(self, prefix:str) -> list[str]: return [e.key for e in self.entries(prefix)]
     def sweep(self) -> None: "Remove what killed writers left half written, if the place cannot hide it."
