@@ -102,7 +102,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64))),
     'memory': _Kind(_memory, 'kept in memory', {})}
 
-# %% ../nbs/03_remotes.ipynb #8fd82d1d
+# %% ../nbs/03_remotes.ipynb #345f58b9
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -112,7 +112,7 @@ def _when(info:dict[str,Any]) -> float:
 
 class Bucket(Place):
     "A bucket, or a folder in one: gs://, s3:// and, for tests, memory://."
-    workers = 24
+    workers = 32
     fresh = 3600.  # Seconds for which an object that was seen is believed to be there; far below the grace before a blob is collected
 
     def __init__(self, url:str):
@@ -121,7 +121,7 @@ class Bucket(Place):
         known = _BUCKETS[kind]
         self.checked = known.checked
         self._seen:dict[str,tuple[int,float]] = {}
-        self._vain = 0  # Questions in a row whether an object is there that were answered no
+        self._vain = 0  # Questions in a row whether an object is there that were not answered yes
         if not rest.strip('/'): raise Refused(f"store={url!r} names no bucket; it is {kind}://BUCKET or {kind}://BUCKET/FOLDER")
         try: self.fs = known.fs()(skip_instance_cache=True, **known.options)
         except ImportError as e: raise Refused(f"store={url!r} needs {e.name}; pip install 'waystation[cloud]'") from e
@@ -150,13 +150,12 @@ class Bucket(Place):
         self._seen[key] = (Path(path).stat().st_size, time.monotonic())
 
     def keep(self, key:str, path:Path, size:int, digest:str) -> None:
-        # A question costs as much as sending a small file: after some that found nothing, small ones are sent unasked.
-        # What this process has seen is in `_seen`, so it is only of an unchanged folder's first time that all are asked for.
-        unasked = size < SOME and self._vain >= 8 and key not in self._seen
-        if not unasked and self.has(key, size, digest): self._vain = 0
-        else:
-            self._vain += 1
-            self.put(key, path, digest)
+        # A question costs as much as sending a small file, so eight are asked at a time, and none after eight that found nothing.
+        # What this process has seen is not asked for at all: it is only an unchanged folder's first time that is asked file by file.
+        if size < SOME and self._vain >= 8 and key not in self._seen: return self.put(key, path, digest)
+        self._vain += 1
+        if self.has(key, size, digest): self._vain = 0
+        else: self.put(key, path, digest)
 
     def _upload(self, key:str, path:Path, digest:str) -> None:
         import fsspec.asyn

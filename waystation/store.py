@@ -17,7 +17,7 @@ from .runtime import Refused
 from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, lost, new_manifest, plain,
                              read_manifest, seal_key)
 
-# %% ../nbs/06_store.ipynb #155f5c3f
+# %% ../nbs/06_store.ipynb #da0db33a
 Names = list[str]  # inside the class, `list` is a method
 class Store:
     "A durable place that shows complete, verified sets of files and nothing else."
@@ -79,13 +79,11 @@ class Store:
             data = path.read_bytes()
             if len(data) != sizes[rel]: raise changed(path)
             return dict(sha256=hashlib.sha256(data).hexdigest(), size=len(data), data=base64.b64encode(data).decode())
-        stored, lock = set(), threading.Lock()
+        stored:set[str] = set()
+        lock = threading.Lock()
         order = sorted(found, key=lambda r: -sizes[r])  # the largest takes longest, so it begins first
-        tasks = [lambda rel=rel: store(rel) for rel in order]
-        if also: tasks.insert(0, also)
-        done = self.place.each(lambda task: task(), tasks)[bool(also):]
-        files = dict(zip(order, done, strict=True))
-        return {rel: files[rel] for rel in found}
+        done = dict(zip(order, self.place.each(lambda rel: store(rel) if rel else also and also(), ['', *order])[1:], strict=True))
+        return {rel: done[rel] for rel in found}
 
     def _commit(self, name:str, files:dict, meta:dict, fence:Callable[[],Any]|None) -> Seal|None: # None when the name was taken
         "Create the manifest: from here on the seal is there."
