@@ -102,7 +102,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64))),
     'memory': _Kind(_memory, 'kept in memory', {})}
 
-# %% ../nbs/03_remotes.ipynb #345f58b9
+# %% ../nbs/03_remotes.ipynb #6cf7ae7d
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -112,7 +112,7 @@ def _when(info:dict[str,Any]) -> float:
 
 class Bucket(Place):
     "A bucket, or a folder in one: gs://, s3:// and, for tests, memory://."
-    workers = 32
+    workers = 24
     fresh = 3600.  # Seconds for which an object that was seen is believed to be there; far below the grace before a blob is collected
 
     def __init__(self, url:str):
