@@ -2,7 +2,7 @@
 
     python benchmarks/store.py                  # every part; writes store.json beside this file and prints its tables
     python benchmarks/store.py --part upload    # one of upload, again, training, listing; the others' figures stay
-    python benchmarks/store.py --table          # print the tables of store.json, run nothing
+    python benchmarks/store.py --table          # print the tables of store.json and put them into the guide; runs nothing
 
 The network is tests/proxy.py: 40 ms for each request, 25 MB/s for each connection. Behind it stands fake-gcs-server. All of it
 shares this machine's cores with what is measured, so `cpu s` (client alone) is given as well. Ways are interleaved: one round
@@ -394,6 +394,8 @@ def main():
         if (args.rounds or rounds) >= rounds:
             RESULT.write_text(json.dumps(result, indent=1) + "\n")
             put_into_guide(tables(result))
+    if args.table:
+        put_into_guide(tables(result))
     print(tables(result))
 
 
