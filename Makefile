@@ -1,7 +1,7 @@
 # make demo   the whole journey on packaged real data      make test   every check
 # Both set themselves up. PYTHON=python3.12 chooses the interpreter; tools/env.sh says what else can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check build site test-colab clean
+.PHONY: help env demo test check build site test-colab bench clean
 BIN := .venv/bin
 
 help:
@@ -31,6 +31,9 @@ site: env ## the documentation, from the notebooks' saved outputs, in _site/
 
 test-colab: env ## setup, embed and export on Python 3.13 with the versions of Colab's image
 	tools/test_colab.sh
+
+bench: env ## the store beside other ways to upload, through a slow network: 8 minutes; writes benchmarks/store.json and the guide's table
+	$(BIN)/python benchmarks/store.py
 
 clean: ## remove what can be made again; runs/ stays
 	rm -rf _proc _site _docs dist .pytest_cache .mypy_cache .ruff_cache

@@ -109,15 +109,15 @@ def _clean(place:Place, at:str) -> list[Line]:
     left = place.keys(at)
     return [('clean up', BROKEN, f'{len(left)} probes could not be deleted, below {at}')] if left else []
 
-# %% ../nbs/04_doctor.ipynb #0e28ecca
+# %% ../nbs/04_doctor.ipynb #8323985f
 def doctor(
-    url:str,            # The place: a folder, or gs://…, s3://…, rclone:…, hf:…, drive:…
+    url:str|Place,      # The place: a folder, or gs://…, s3://…, rclone:…, hf:…, drive:…
     megabytes:int=4,    # What is sent and read back to measure speed
 ) -> dict[str,Any]:
     "Try what a store stands on, and say what follows."
     place = url if isinstance(url, Place) else open_place(url)
     at = f'probes/{time.time_ns()}-{secrets.token_hex(3)}'
-    promised = isinstance(place, Bucket | Hub) or not isinstance(place, Drive | Rclone) and _can_link(place)
+    promised = isinstance(place, Bucket | Hub) or (not isinstance(place, Drive | Rclone) and _can_link(place))
     with tempfile.TemporaryDirectory() as d:
         try:
             lines = [*_create(place, at, promised), *_reading(place, at), *_checking(place, at, Path(d)), *_links(place, at)]

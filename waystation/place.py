@@ -88,7 +88,7 @@ async def patiently_async(call:Callable[[],Awaitable[T]]) -> T:
         try: return await call()
         except Exception as e: await asyncio.sleep(patience.after(e))
 
-# %% ../nbs/02_place.ipynb #9411cd7f
+# %% ../nbs/02_place.ipynb #832bb327
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 
 def explain(
@@ -96,7 +96,8 @@ def explain(
     url:str,         # The place
 ) -> Exception|None: # Refused or Interrupted; None when it is neither
     "The sentence for an error of a place."
-    whole = f"{getattr(e, 'status_code', '')} {e.reason} {e.error_details}" if getattr(e, 'error_details', None) else str(e)  # Drive's begins with a long URL
+    detail = getattr(e, 'error_details', None)  # Drive's own text begins with a long URL
+    whole = f"{getattr(e, 'status_code', '')} {getattr(e, 'reason', '')} {detail}" if detail else str(e)
     whole = redact(' '.join(f'{type(e).__name__}: {whole}'.split()))
     said = whole[:300]
     status = {s for s, _, _ in _answers(e)}
@@ -123,7 +124,7 @@ def telling(url:str) -> Iterator[None]:
         if (told := explain(e, url)) is None: raise
         raise told from e
 
-# %% ../nbs/02_place.ipynb #f57e8495
+# %% ../nbs/02_place.ipynb #7f87915d
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -159,6 +160,10 @@ class Place:
     def has(self, key:str, size:int, digest:str) -> bool:
         "Whether `key` is there with this size; a place that can cheaply tell more does."
         return self.size(key) == size
+
+    def keep(self, key:str, path:Path, size:int, digest:str) -> None:
+        "`put`, unless it is there."
+        if not self.has(key, size, digest): self.put(key, path, digest)
 
     def keys(self, prefix:str) -> list[str]: return [e.key for e in self.entries(prefix)]
     def room(self) -> int|None: return None  # Free bytes, or what is left of a quota; None when the place does not tell

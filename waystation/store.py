@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #cda7ae6c
-import base64, hashlib, json, os, re, shutil
+# %% ../nbs/06_store.ipynb #b18a904f
+import base64, hashlib, json, os, re, shutil, threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from .runtime import Refused
 from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, lost, new_manifest, plain,
                              read_manifest, seal_key)
 
-# %% ../nbs/06_store.ipynb #49196fa5
+# %% ../nbs/06_store.ipynb #d5a91357
 Names = list[str]  # inside the class, `list` is a method
 class Store:
     "A durable place that shows complete, verified sets of files and nothing else."
@@ -38,8 +38,9 @@ class Store:
     ) -> Seal:                 # What readers see from now on
         "Commit the files of `folder` as `name`: all of them, or nothing."
         check_name(name)
-        if self._last_ref(name): raise Refused(f"{name!r} is a ref already; a name is a seal or a ref, never both: choose another")
-        files, meta = self._upload(folder), plain(meta)
+        def not_a_ref():
+            if self._last_ref(name): raise Refused(f"{name!r} is a ref already; a name is a seal or a ref, never both: choose another")
+        files, meta = self._upload(folder, not_a_ref), plain(meta)
         if made := self._commit(name, files, meta, fence): return made
         there = self.read(name)
         if (there.files, there.meta) == (files, meta): return there
@@ -57,23 +58,33 @@ class Store:
         while (made := self._commit(f'{base}/v{number}', files, meta, fence)) is None: number += 1
         return made
 
-    def _upload(self, folder:str|Path|None) -> dict[str,dict[str,Any]]: # As a manifest has them
+    def _upload(self,
+        folder:str|Path|None,               # Files to store
+        also:Callable[[],Any]|None=None,    # Asked at the same time, and before anything else
+    ) -> dict[str,dict[str,Any]]:           # As a manifest has them
         "Store the files of a folder; invisible until a manifest names them."
         found = find_files(folder)
-        files = dict(zip(found, self.place.each(describe, found.values()), strict=True))
-        room = ALL_SMALL
-        for rel in sorted(files, key=lambda r: files[r]['size']):
-            if files[rel]['size'] > min(SMALL, room): break
-            data = found[rel].read_bytes()
-            if hashlib.sha256(data).hexdigest() != files[rel]['sha256']: raise changed(found[rel])
-            files[rel]['data'] = base64.b64encode(data).decode()
-            room -= len(data)
-        large = {f['sha256']: (found[rel], f['size']) for rel, f in files.items() if 'data' not in f}
-        def store(item):
-            digest, (path, size) = item
-            if not self.place.has(blob_key(digest), size, digest): self.place.put(blob_key(digest), path, digest)
-        self.place.each(store, large.items())
-        return files
+        inside, room = set(), ALL_SMALL  # Those that travel in the manifest, the smallest first
+        sizes = {rel: f.stat().st_size for rel, f in found.items()}
+        for rel in sorted(found, key=lambda r: (sizes[r], r)):
+            if sizes[rel] > min(SMALL, room): break
+            inside.add(rel)
+            room -= sizes[rel]
+        def store(rel):  # a file is on its way while others are still hashed
+            path = found[rel]
+            if rel not in inside:
+                entry = describe(path)
+                with lock: first = entry['sha256'] not in stored; stored.add(entry['sha256'])
+                if first: self.place.keep(blob_key(entry['sha256']), path, entry['size'], entry['sha256'])
+                return entry
+            data = path.read_bytes()
+            if len(data) != sizes[rel]: raise changed(path)
+            return dict(sha256=hashlib.sha256(data).hexdigest(), size=len(data), data=base64.b64encode(data).decode())
+        stored:set[str] = set()
+        lock = threading.Lock()
+        order = sorted(found, key=lambda r: -sizes[r])  # the largest takes longest, so it begins first
+        done = dict(zip(order, self.place.each(lambda rel: store(rel) if rel else also and also(), ['', *order])[1:], strict=True))
+        return {rel: done[rel] for rel in found}
 
     def _commit(self, name:str, files:dict, meta:dict, fence:Callable[[],Any]|None) -> Seal|None: # None when the name was taken
         "Create the manifest: from here on the seal is there."
