@@ -108,7 +108,7 @@ def explain(
         return Interrupted(f"store={url} cannot be reached ({said}); when it answers again, the same command goes on: what was sealed stays")
     return None
 
-# %% ../nbs/02_place.ipynb #bbe56538
+# %% ../nbs/02_place.ipynb #fa6b683c
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -121,6 +121,7 @@ class Place:
     "Few methods over a URL; each kind of place fills in those that raise here."
     url:str           # As messages show it; never holds a secret
     workers = 16      # Calls that run at once: what hides a request's latency
+    promises_exclusive = False # Whether `create` is known to keep two writers apart; otherwise `exclusive` finds out
     checked = ''      # How `put` knows that the bytes arrived; '' when only reading them back can tell
 
     def create(self, key:str, data:bytes) -> bool: # False when the name holds something else
@@ -186,7 +187,7 @@ def _publish(tmp:Path, target:Path) -> bool: # False when the name was taken
     _fsync_folder(target.parent)
     return True
 
-# %% ../nbs/02_place.ipynb #e65325c7
+# %% ../nbs/02_place.ipynb #41c0860b
 class Folder(Place):
     "A folder of this machine, a mount or a stick."
     workers = 4  # A disk gains little from more, and each one syncs
@@ -247,6 +248,15 @@ class Folder(Place):
             if _publish(tmp, self.path(key)): return
             if self.has(key, Path(path).stat().st_size, digest): os.utime(self.path(key))  # wanted again: old age must not condemn it
             else: os.replace(tmp, self.path(key))  # what lay there was damaged; every seal that names it is whole again
+
+    def exclusive(self) -> bool:
+        "A second name for one file is all that a folder refuses atomically; what falls back to renaming looks exclusive until two race."
+        with self._temporary() as tmp:
+            other = tmp.with_name(tmp.name + '.link')
+            try: os.link(tmp, other)
+            except OSError: return False
+            other.unlink()
+        return super().exclusive()
 
     def sweep(self) -> None:
         for f in (self.root/'.tmp').iterdir():

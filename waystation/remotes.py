@@ -57,7 +57,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64))),
     'memory': _Kind(_memory, 'kept in memory', {})}
 
-# %% ../nbs/03_remotes.ipynb #995a3f79
+# %% ../nbs/03_remotes.ipynb #d554ad0d
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -74,7 +74,7 @@ class Bucket(Place):
         kind, _, rest = url.partition('://')
         self.url, self.root = url.rstrip('/'), ('/' if kind == 'memory' else '') + rest.strip('/')
         known = _BUCKETS[kind]
-        self.checked = known.checked
+        self.checked, self.promises_exclusive = known.checked, kind != 's3'  # s3: some that speak like it ignore the condition
         self._seen:dict[str,tuple[int,float]] = {}
         if not rest.strip('/'): raise Refused(f"store={url!r} names no bucket; it is {kind}://BUCKET or {kind}://BUCKET/FOLDER")
         try: self.fs = known.fs()(skip_instance_cache=True, **known.options)
