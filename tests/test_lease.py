@@ -2,7 +2,6 @@
 
 import contextlib
 import json
-import logging
 import os
 import signal
 import subprocess
@@ -16,8 +15,9 @@ import pytest
 from proxy import proxy
 
 import waystation.lease
+from waystation.cli import store_ls, store_verify
 from waystation.lease import Lease, stopwatch
-from waystation.place import Folder
+from waystation.place import Folder, _fuse
 from waystation.remotes import open_place
 from waystation.runtime import Interrupted, Refused, process
 from waystation.store import Store
@@ -365,7 +365,8 @@ def test_an_old_renewal_is_not_trusted(make, monkeypatch):
     number = lease.number
     lease.check()
     assert lease.number == number
-    monkeypatch.setattr(waystation.lease, "stopwatch", lambda now=stopwatch() + Lease.ttl * 2: now)
+    later = stopwatch() + Lease.ttl * 2
+    monkeypatch.setattr(waystation.lease, "stopwatch", lambda: later)
     lease.check()
     assert lease.number == number + 1
     monkeypatch.undo()
@@ -417,31 +418,30 @@ def test_a_crash_at_any_call_locks_nobody_out(make, monkeypatch, kind, error, ph
     "Each call of the place in turn is the last one, before or after it took effect."
     monkeypatch.setattr(Lease, "ttl", 0.4)
     monkeypatch.setattr(Lease, "settle", 0.05)
-    url, at, hit, step = make(kind), 0, True, 1 if LONG or kind == "folder" else 3
-    while hit:
-        at, hit, count, armed = at + step, False, 0, phase == "acquire"
+    url, at, step = make(kind), 0, 1 if LONG or kind == "folder" else 3
+    calls = dict(armed=False, count=0, last=0)
 
-        def hook(name, moment, key, at=at):
-            nonlocal count, hit
-            count += armed
-            if armed and count == at:
-                hit = True
-                raise error(f"{name} {moment}")
+    def hook(name, moment, key):
+        calls["count"] += calls["armed"]
+        if calls["armed"] and calls["count"] == calls["last"]:
+            raise error(f"{name} {moment}")
 
-        run, lease = f"r{at}", None
+    while calls["count"] >= calls["last"]:  # until there is no call left to crash at
+        at += step
+        calls.update(armed=phase == "acquire", count=0, last=at)
         with elsewhere(monkeypatch), contextlib.suppress(error):
-            lease = Lease(Hooked(open_place(url), hook), run)
+            lease = Lease(Hooked(open_place(url), hook), f"r{at}")
             gone(lease)
-            armed = True
+            calls["armed"] = True
             if phase == "renew":
                 lease._hold()
             if phase == "release":
                 lease.release()
-        armed = False
+        calls["armed"] = False
         began = stopwatch()
         while True:
             try:
-                after = Lease(open_place(url), run)
+                after = Lease(open_place(url), f"r{at}")
                 break
             except Refused:  # it looks alive, for half a ttl
                 assert stopwatch() - began < Lease.ttl
@@ -488,3 +488,75 @@ def test_the_store_takes_back_what_it_committed_without_the_lease(make):
     lease.release()
     other[0].check()
     other[0].release()
+
+
+# -- committed and verified
+
+
+def test_what_a_mount_took_is_committed_until_another_one_shows_it(tmp_path, monkeypatch):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/a").write_bytes(os.urandom(100_000))
+    store = Store(tmp_path / "drive")
+    monkeypatch.setattr(Folder, "session", lambda self: "colab-7f/0a1b/41/52")
+    store.seal(tmp_path / "work", "models/a/v1")
+    listed = store_ls(store=store.url)
+    assert listed["states"] == {"models/a/v1": "committed"} and listed["text"].startswith("committed  models/a/v1")
+    assert "0 of them verified; 1 only committed: pass --read-data" in store_verify(store=store.url)["text"]
+    assert "through another mount or on another machine" in store_verify(read_data=True, store=store.url)["text"]
+    monkeypatch.setattr(Folder, "session", lambda self: "colab-7f/0a1b/42/52")
+    assert "1 of them verified" in store_verify(read_data=True, store=store.url)["text"]
+    note = json.loads((tmp_path / "drive/verified/models/a/v1.json").read_text())
+    assert note["digest"] == store.read("models/a/v1").digest and note["how"] == "read back, in another session"
+    assert store_ls(store=store.url)["text"].startswith("verified   models/a/v1")
+
+    # a new seal of the name does not inherit the old one's state
+    (tmp_path / "drive/seals/models/a/v1.json").unlink()
+    store.seal(tmp_path / "work", "models/a/v1", {"again": True})
+    assert store.state("models/a/v1") == "committed"
+    monkeypatch.setattr(Folder, "session", lambda self: "")
+    assert store.verify("models/a/v1", read_data=True) == []
+    assert store.state("models/a/v1") == "verified"
+
+
+def test_damage_is_never_verified(tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/a").write_bytes(os.urandom(100_000))
+    store = Store(tmp_path / "store")
+    store.seal(tmp_path / "work", "models/a/v1")
+    blob = tmp_path / "store" / store.place.keys("blobs")[0]
+    blob.write_bytes(b"x" * 100_000)
+    assert len(store.verify("models/a/v1", read_data=True)) == 1
+    assert store.state("models/a/v1") == "committed"
+    store.seal(tmp_path / "work", "models/a/v2")  # mends the blob
+    assert store.verify("models/a/v1", read_data=True) == []
+    assert store.state("models/a/v1") == "verified"
+    blob.write_bytes(b"x" * 99_000)
+    assert len(store.verify("models/a/v1")) == 1
+    assert store.state("models/a/v1") == "committed"
+    for junk in (b"", b"[]", b'{"digest": 1}'):
+        (tmp_path / "store/verified/models/a").mkdir(parents=True, exist_ok=True)
+        (tmp_path / "store/verified/models/a/v1.json").write_bytes(junk)
+        assert store.state("models/a/v1") == "committed"
+
+
+def test_a_service_that_compares_checksums_has_verified_at_once(make, tmp_path):
+    (tmp_path / "work").mkdir()
+    (tmp_path / "work/a").write_bytes(os.urandom(100_000))
+    for kind in ("gcs", "s3"):
+        store = Store(make(kind))
+        assert "compared by the service" in store.seal(tmp_path / "work", "models/a/v1").checked
+        assert store.state("models/a/v1") == "verified"
+
+
+def test_a_mount_in_user_space_is_recognised(tmp_path):
+    device = os.stat(tmp_path).st_dev
+    line = f"{{}} 29 {os.major(device)}:{os.minor(device)} / /content/drive rw,nosuid - {{}} drive rw\n"
+    table = tmp_path / "mountinfo"
+    for kind in ("ext4", "fuseblk", "tmpfs"):
+        table.write_text(line.format(41, kind))
+        assert _fuse(tmp_path, table) == ""
+    table.write_text("22 1 0:5 / /proc rw - proc proc rw\n" + line.format(41, "fuse.drive"))
+    first = _fuse(tmp_path, table)
+    table.write_text(line.format(57, "fuse.drive"))
+    assert first and first != _fuse(tmp_path, table)
+    assert _fuse(tmp_path, tmp_path / "none") == ""

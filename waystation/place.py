@@ -6,7 +6,7 @@
 __all__ = ['log', 'T', 'CHUNK', 'transient', 'Patience', 'patiently', 'patiently_async', 'explain', 'Entry', 'Place', 'changed',
            'Folder']
 
-# %% ../nbs/02_place.ipynb #5d9b4070
+# %% ../nbs/02_place.ipynb #2c7fb140
 import asyncio, contextlib, errno, hashlib, logging, os, random, shutil, tempfile, time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
-from .runtime import Interrupted, Refused, redact
+from .runtime import Interrupted, Refused, machine, redact
 
 log = logging.getLogger('waystation')
 T = TypeVar('T')
@@ -108,7 +108,7 @@ def explain(
         return Interrupted(f"store={url} cannot be reached ({said}); when it answers again, the same command goes on: what was sealed stays")
     return None
 
-# %% ../nbs/02_place.ipynb #fa6b683c
+# %% ../nbs/02_place.ipynb #aeee6302
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -146,6 +146,7 @@ class Place:
         "Whether `key` is there with this size; a place that can cheaply tell more does."
         return self.size(key) == size
 
+    def session(self) -> str: return ''  # Through which cache it is seen: reading back in the same one proves nothing; '' where none is between
     def keys(self, prefix:str) -> list[str]: return [e.key for e in self.entries(prefix)]
     def sweep(self) -> None: "Remove what killed writers left half written, if the place cannot hide it."
 
@@ -187,7 +188,17 @@ def _publish(tmp:Path, target:Path) -> bool: # False when the name was taken
     _fsync_folder(target.parent)
     return True
 
-# %% ../nbs/02_place.ipynb #41c0860b
+# %% ../nbs/02_place.ipynb #8624d97c
+def _fuse(path:Path, table:Path=Path('/proc/self/mountinfo')) -> str: # '' for a disk, and where the system does not tell
+    "Which mount in user space `path` lies in; another one after a remount and on another machine."
+    device = os.stat(path).st_dev
+    if not table.exists(): return ''
+    for line in table.read_text(errors='replace').splitlines():
+        (number, _, at, *_), (kind, *_) = (half.split() for half in line.split(' - ', 1))
+        if at == f'{os.major(device)}:{os.minor(device)}' and kind.startswith('fuse') and kind != 'fuseblk': return f'{machine()}/{number}/{device}'
+    return ''
+
+# %% ../nbs/02_place.ipynb #68188187
 class Folder(Place):
     "A folder of this machine, a mount or a stick."
     workers = 4  # A disk gains little from more, and each one syncs
@@ -257,6 +268,10 @@ class Folder(Place):
             except OSError: return False
             other.unlink()
         return super().exclusive()
+
+    def session(self) -> str:
+        "A mount in user space (Drive, gcsfuse, rclone) answers from its own disk long before the cloud has the bytes."
+        return _fuse(self.root)
 
     def sweep(self) -> None:
         for f in (self.root/'.tmp').iterdir():
