@@ -130,7 +130,7 @@ time.sleep(99)
 """
 
 
-def test_a_dead_writer_is_replaced_at_once_and_a_living_one_is_not(tmp_path):
+def test_a_dead_writer_is_replaced_at_once_and_a_living_one_is_not(tmp_path, monkeypatch):
     "A process that was killed on this machine needs no waiting; one of another machine is believed until its time is up."
     holder = subprocess.Popen(
         [sys.executable, "-c", HOLDER, str(tmp_path)],
@@ -152,5 +152,6 @@ def test_a_dead_writer_is_replaced_at_once_and_a_living_one_is_not(tmp_path):
     (log / f"{last + 1}.json").write_text(far % time.time())
     with pytest.raises(Refused, match="written by colab-1/aaaaaaaa"):
         Lease(place, "a")
+    monkeypatch.setattr(Lease, "ttl", 2.0)  # it is watched for half of that
     (log / f"{last + 2}.json").write_text(far % (time.time() - Lease.ttl - 1))
     Lease(place, "a").release()

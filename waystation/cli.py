@@ -72,7 +72,7 @@ def parser(
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
     return p
 
-# %% ../nbs/90_cli.ipynb #40f9dc87
+# %% ../nbs/90_cli.ipynb #7074cb23
 STORE_HELP = 'look into a store, and keep it in order'
 STORE = {'ls': 'waystation.cli:store_ls', 'fetch': 'waystation.cli:store_fetch', 'seal': 'waystation.cli:store_seal', 'verify': 'waystation.cli:store_verify',
          'doctor': 'waystation.doctor:doctor'}
@@ -95,7 +95,9 @@ def store_ls(
     "List seals and refs."
     s = _open(store)
     names, refs = s.list(prefix), s.refs(prefix)
-    return dict(store=s.url, seals=names, refs=refs, text='\n'.join([*names, *(f'{r} -> {n}' for r, n in refs.items())]) or 'nothing here')
+    states = s.states(names)
+    lines = [*(f'{states[n]:<9}  {n}' for n in names), *(f"{'ref':<9}  {r} -> {n}" for r, n in refs.items())]
+    return dict(store=s.url, seals=names, states=states, refs=refs, text='\n'.join(lines) or 'nothing here')
 
 def store_fetch(
     name:str,       # A seal or a ref
@@ -126,7 +128,10 @@ def store_verify(
     s = _open(store)
     names = s.list(name) or [s.resolve(name)] if name else s.list()
     wrong = [w for n in names for w in s.verify(n, read_data=read_data)]
-    return dict(seals=len(names), wrong=wrong, text='\n'.join(wrong) or f'{len(names)} seals are whole', exit=4 if wrong else 0)
+    left = [n for n, state in s.states(names).items() if state == 'committed']
+    hint = 'read them through another mount or on another machine, for this one has a cache of its own' if read_data else 'pass --read-data to read them back'
+    text = f'{len(names)} seals are whole, {len(names) - len(left)} of them verified' + (f'; {len(left)} only committed: {hint}' if left else '')
+    return dict(seals=len(names), verified=len(names) - len(left), wrong=wrong, text='\n'.join(wrong) or text, exit=4 if wrong else 0)
 
 # %% ../nbs/90_cli.ipynb #16e85d59
 def headline(

@@ -6,7 +6,7 @@
 __all__ = ['log', 'T', 'CHUNK', 'transient', 'Patience', 'patiently', 'patiently_async', 'explain', 'telling', 'Entry', 'Place',
            'changed', 'still_there', 'Folder']
 
-# %% ../nbs/02_place.ipynb #bbfea04a
+# %% ../nbs/02_place.ipynb #0fd62db7
 import asyncio, contextlib, errno, hashlib, logging, os, random, shutil, stat, tempfile, time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO, ClassVar, TypeVar
 
-from .runtime import Interrupted, Refused, redact
+from .runtime import Interrupted, Refused, machine, redact
 
 log = logging.getLogger('waystation')
 T = TypeVar('T')
@@ -124,7 +124,7 @@ def telling(url:str) -> Iterator[None]:
         if (told := explain(e, url)) is None: raise
         raise told from e
 
-# %% ../nbs/02_place.ipynb #7f87915d
+# %% ../nbs/02_place.ipynb #7c61966c
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -137,6 +137,7 @@ class Place:
     "Few methods over a URL; each kind of place fills in those that raise here."
     url:str           # As messages show it; never holds a secret
     workers = 16      # Calls that run at once: what hides a request's latency
+    promises_exclusive = False # Whether `create` is known to keep two writers apart; otherwise `exclusive` finds out
     checked = ''      # How `put` knows that the bytes arrived; '' when only reading them back can tell
 
     def create(self, key:str, data:bytes) -> bool: # False when the name holds something else
@@ -165,6 +166,7 @@ class Place:
         "`put`, unless it is there."
         if not self.has(key, size, digest): self.put(key, path, digest)
 
+    def session(self) -> str: return ''  # Through which cache it is seen: reading back in the same one proves nothing; '' where none is between
     def keys(self, prefix:str) -> list[str]: return [e.key for e in self.entries(prefix)]
     def room(self) -> int|None: return None  # Free bytes, or what is left of a quota; None when the place does not tell
     def settle(self) -> None: "Make what was put readable now, where a place keeps it back until the next `create`."
@@ -213,7 +215,17 @@ def _publish(tmp:Path, target:Path) -> bool: # False when the name was taken
     _fsync_folder(target.parent)
     return True
 
-# %% ../nbs/02_place.ipynb #9a6bebab
+# %% ../nbs/02_place.ipynb #8624d97c
+def _fuse(path:Path, table:Path=Path('/proc/self/mountinfo')) -> str: # '' for a disk, and where the system does not tell
+    "Which mount in user space `path` lies in; another one after a remount and on another machine."
+    device = os.stat(path).st_dev
+    if not table.exists(): return ''
+    for line in table.read_text(errors='replace').splitlines():
+        (number, _, at, *_), (kind, *_) = (half.split() for half in line.split(' - ', 1))
+        if at == f'{os.major(device)}:{os.minor(device)}' and kind.startswith('fuse') and kind != 'fuseblk': return f'{machine()}/{number}/{device}'
+    return ''
+
+# %% ../nbs/02_place.ipynb #95e1f0ae
 class Folder(Place):
     "A folder of this machine, a mount or a stick."
     workers = 4  # A disk gains little from more, and each one syncs
@@ -288,6 +300,19 @@ class Folder(Place):
             else:  # damaged; with the right bytes every seal that names it is whole again. Not renamed over: Drive's mount keeps both
                 self.path(key).unlink(missing_ok=True)
                 _publish(tmp, self.path(key))
+
+    def exclusive(self) -> bool:
+        "A second name for one file is all that a folder refuses atomically; what falls back to renaming looks exclusive until two race."
+        with self._temporary() as tmp:
+            other = tmp.with_name(tmp.name + '.link')
+            try: os.link(tmp, other)
+            except OSError: return False
+            other.unlink()
+        return super().exclusive()
+
+    def session(self) -> str:
+        "A mount in user space (Drive, gcsfuse, rclone) answers from its own disk long before the cloud has the bytes."
+        return _fuse(self.root)
 
     def sweep(self) -> None:
         with telling(self.url): found = list((self.root/'.tmp').iterdir())

@@ -195,7 +195,7 @@ class Job:
         self.seal(None, 'report', meta=doc)
         return read_report(self.store, self.base) or {}
 
-# %% ../nbs/09_recipe.ipynb #e0b08d94
+# %% ../nbs/09_recipe.ipynb #671919af
 @contextlib.contextmanager
 def begin(
     station:str,            # 'setup', 'train', 'embed' or 'export'
@@ -209,9 +209,9 @@ def begin(
     store = Store(params['store'])
     def stop(*_): raise Interrupted(f"{params['run']}/{params['step']} was asked to stop; what is sealed stays, and the same command goes on from there")
     main = threading.current_thread() is threading.main_thread()
+    store.place.sweep()  # before the lease: what fails between taking it and `try` would keep it
     lease = Lease(store.place, params['run'], params['take_over'])
     before = signal.signal(signal.SIGTERM, stop) if main else None
-    store.place.sweep()
     try: yield Job(station, params, store, lease)
     finally:
         lease.release()

@@ -119,7 +119,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
     'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
 
-# %% ../nbs/03_remotes.ipynb #a1049355
+# %% ../nbs/03_remotes.ipynb #3ed9743c
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -137,6 +137,7 @@ class Bucket(Place):
         self.url, self.root = url.rstrip('/'), ('/' if kind == 'memory' else '') + rest.strip('/')
         known = _BUCKETS[kind]
         self.checked, self._piece = known.checked, CHUNK if known.streams else -1
+        self.checked, self.promises_exclusive = known.checked, kind != 's3'  # s3: some that speak like it ignore the condition
         self._seen:dict[str,tuple[int,float]] = {}
         self._vain = 0  # Questions in a row whether an object is there that were not answered yes
         if not rest.strip('/'): raise Refused(f"store={url!r} names no bucket; it is {kind}://BUCKET or {kind}://BUCKET/FOLDER")

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ALL_SMALL', 'check_name', 'by_number', 'Seal', 'hash_file', 'fingerprint', 'check_path', 'read_manifest',
-           'find_files', 'describe', 'plain', 'new_manifest', 'blob_key', 'seal_key', 'lost']
+           'find_files', 'describe', 'plain', 'new_manifest', 'blob_key', 'seal_key', 'verified_key', 'lost']
 
 # %% ../nbs/04_seal.ipynb #ae5a6719
 import base64, binascii, hashlib, json, re, secrets, stat, unicodedata
@@ -35,7 +35,7 @@ def by_number(
     "Sort key: numbers as integers, and before words."
     return [(0, int(w), '') if w.isdecimal() else (1, 0, w) for w in name.split('/')]
 
-# %% ../nbs/04_seal.ipynb #42d84c68
+# %% ../nbs/04_seal.ipynb #0e26afba
 @dataclass(frozen=True)
 class Seal:
     "A committed set of files, as its manifest tells it."
@@ -46,6 +46,7 @@ class Seal:
     writer:str                # Which process made it, and a number of its own
     checked:str               # How the place knew at once that the bytes arrived; '' when it could not
     digest:str                # SHA-256 of the manifest's body
+    session:str = ''          # Through which cache it was written; '' when nothing was between
 
     @property
     def content(self) -> str: # Same files, same content, whenever and under whatever name they were sealed
@@ -74,7 +75,7 @@ def fingerprint(
     if path.is_file(): return hash_file(path)
     return _sha256(_json({f.relative_to(path).as_posix(): hash_file(f) for f in sorted(path.rglob('*')) if f.is_file()}))
 
-# %% ../nbs/04_seal.ipynb #808ea526
+# %% ../nbs/04_seal.ipynb #40a6fb4b
 _HEX = re.compile(r'[0-9a-f]{64}')
 _DEVICE = re.compile(r'(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?', re.I)  # Windows opens the device, whatever the folder
 
@@ -108,7 +109,7 @@ def read_manifest(name:str, data:bytes) -> Seal:
         body = doc['body']
         if doc['sha256'] != _sha256(_json(body)): raise ValueError('its hash does not match')
         _check_body(name, body)
-        return Seal(digest=doc['sha256'], **{k: body[k] for k in ('name', 'files', 'meta', 'created', 'writer', 'checked')})
+        return Seal(digest=doc['sha256'], **{k: body[k] for k in ('name', 'files', 'meta', 'created', 'writer', 'checked')}, session=str(body.get('session', '')))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, binascii.Error) as e:
         raise Refused(f"seal {name!r} has a damaged manifest ({e}); restore it from a copy, or make the result again under a new name") from e
 
@@ -137,21 +138,23 @@ def plain(meta:dict|None) -> dict: # JSON, and no secret in it
     "What a manifest keeps of somebody's words about a seal."
     return json.loads(redact(_json(meta or {}).decode()))
 
-# %% ../nbs/04_seal.ipynb #c510e41b
+# %% ../nbs/04_seal.ipynb #22bd5aff
 def new_manifest(
     name:str,                        # The seal's name
     files:dict[str,dict[str,Any]],   # As a manifest has them
     meta:dict,                       # Plain JSON
     checked:str,                     # How the place knows that the bytes arrived
+    session:str='',                  # Through which cache they were written
 ) -> bytes:                          # What is stored; `read_manifest` reads it
     "A manifest of this moment, which hashes itself."
     body = dict(name=name, files=files, meta=meta, created=datetime.now(UTC).isoformat(timespec='seconds'),
-                writer=f'{process()}/{secrets.token_hex(4)}', checked=checked)
+                writer=f'{process()}/{secrets.token_hex(4)}', checked=checked) | (dict(session=session) if session else {})
     return _json(dict(sha256=_sha256(_json(body)), body=body))
 
-# %% ../nbs/04_seal.ipynb #228b231f
+# %% ../nbs/04_seal.ipynb #05aef217
 def blob_key(digest:str) -> str: return f'blobs/{digest[:2]}/{digest}'
 def seal_key(name:str) -> str: return f'seals/{name}.json'
+def verified_key(name:str) -> str: return f'verified/{name}.json'
 
 def lost(name:str, rel:str, what:str) -> str:
     "The sentence for a file of a seal that is not as it was."
