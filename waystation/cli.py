@@ -72,9 +72,10 @@ def parser(
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
     return p
 
-# %% ../nbs/90_cli.ipynb #42dd935e
+# %% ../nbs/90_cli.ipynb #99df7be2
 STORE_HELP = 'look into a store, and keep it in order'
-STORE = {'ls': 'waystation.cli:store_ls', 'fetch': 'waystation.cli:store_fetch', 'seal': 'waystation.cli:store_seal', 'verify': 'waystation.cli:store_verify'}
+STORE = {'ls': 'waystation.cli:store_ls', 'fetch': 'waystation.cli:store_fetch', 'seal': 'waystation.cli:store_seal', 'verify': 'waystation.cli:store_verify',
+         'prune': 'waystation.bill:store_prune', 'cost': 'waystation.bill:store_cost', 'lifecycle': 'waystation.bill:store_lifecycle'}
 
 def store_command(
     verb:str, # A key of STORE

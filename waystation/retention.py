@@ -200,7 +200,7 @@ def _clock(place:Place) -> float:
         return now
     finally: place.delete([key])
 
-# %% ../nbs/05_retention.ipynb #b4961820
+# %% ../nbs/05_retention.ipynb #9cb57468
 class Condemned:
     "A writer's view of the condemned blobs: one LIST an hour."
     def __init__(self, place:Place):
@@ -208,6 +208,7 @@ class Condemned:
         self._in:dict[str,_Note] = {}
         self._stored:dict[str,str] = {}   # Digest -> the note since which it was stored again
         self._risky:dict[str,float] = {}  # Digest -> when; those whose time was nearly up
+        self._settled:set[str] = set()    # Those that were stored a second time since this list was read
 
     def look(self) -> None:
         "Read the list, unless that was done within the hour."
@@ -215,7 +216,7 @@ class Condemned:
         began = time.monotonic()
         notes = sorted(_notes(self.place), key=lambda n: n.at)
         self._in = {d: n for n in notes for d in n.digests}
-        self.looked = began
+        self.looked, self._settled = began, set()
 
     def holds(self, digest:str) -> bool:
         "Whether the blob must be stored, though it may be there."
@@ -229,14 +230,15 @@ class Condemned:
         # A place's clock may be off against ours; an hour or two of that is taken for granted.
         if time.time() > note.at + note.grace - 2*FRESH: self._risky[digest] = time.monotonic()
 
-    def settle(self) -> bool: # False: some of them are gone, and have to be stored once more
-        "Make sure that no collector which was just at work took what was stored again."
+    def settle(self) -> bool: # False: some of them have to be stored once more
+        "Outwait a collector that was just at work, then have what it may have deleted, or marked for deletion, stored again."
         risky, self._risky = self._risky, {}
-        if not risky: return True
+        again = [d for d in risky if d not in self._settled]
+        if not again: return True
         time.sleep(max(0., max(risky.values()) + 2*LOOK - time.monotonic()))
-        gone = [d for d in risky if self.place.size(blob_key(d)) is None]
-        for d in gone: del self._stored[d]
-        return not gone
+        for d in again: del self._stored[d]
+        self._settled |= set(again)
+        return False
 
 # %% ../nbs/05_retention.ipynb #d2688100
 def _references(place:Place) -> dict[str,list[str]]: # Digest -> the seals that name it
