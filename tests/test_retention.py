@@ -6,14 +6,15 @@
 import hashlib
 import os
 import random
+import time
 from pathlib import Path
 
 import pytest
 
-from waystation import retention
+from waystation import bill, retention
 from waystation.place import Entry, Folder, Place
 from waystation.remotes import Bucket
-from waystation.retention import Condemned, prune, retire
+from waystation.retention import prune, retire
 from waystation.runtime import Refused
 from waystation.seal import SMALL, blob_key
 from waystation.store import Store
@@ -329,17 +330,113 @@ def test_a_damaged_manifest_stops_collection(folder):
         prune(store.place)
 
 
-def test_what_is_condemned_is_stored_again_and_found_out_with_one_list(folder):
-    store = Store(Memory())
-    work = folder(1, 2)
+@pytest.mark.parametrize("expired", [False, True])
+def test_what_is_condemned_is_stored_again(folder, monkeypatch, expired):
+    "Once, for one LIST an hour; twice if its time was over, when a collector may be at work on it this moment."
+    monkeypatch.setattr(retention, "LOOK", 0.01)
+    place = Memory()
+    place.now = time.time() - 2 * DAY
+    store, work = Store(place), folder(1, 2)
     store.seal(work, "c/1")
-    store.place.delete(["seals/c/1.json"])
-    store.place.later(DAY)
-    assert prune(store.place)["condemned"] == 2
+    place.delete(["seals/c/1.json"])
+    place.now = time.time() - (1.5 * DAY if expired else 0)
+    assert prune(place)["condemned"] == 2
     asked = []
-    store.place._call = asked.append
-    other = Store(store.place)
+    monkeypatch.setattr(place, "_call", asked.append)
+    other = Store(place)
     other.seal(work, "c/2")
     other.seal(work, "c/3")
-    assert asked.count("put") == 2 and asked.count("entries") == 3, asked  # two for refs of that name, one for the condemned
-    assert not Condemned(store.place)._in
+    assert asked.count("put") == (4 if expired else 2)
+    assert asked.count("entries") == 3  # one for each of the names, whether it is a ref, and one for the condemned
+
+
+@pytest.mark.parametrize("kind", ["gcs", "s3"])
+def test_prune_on_a_server(server, folder, kind):
+    with server(kind).environ() as s:
+        store = Store(f"{s.url.rstrip('/')}/prune")
+        for n in 1, 2, 3:
+            store.seal(folder(0, n), f"c/{n}", {"eval_loss": n})
+        store.refer("keep", "c/1")
+        time.sleep(1.1)  # S3 has whole seconds
+        would, before = store.prune("c", keep_last=1, grace=0, dry_run=True), du(store.place)
+        assert store.prune("c", keep_last=1, grace=0)["goes"] == ["c/2"]
+        assert before - du(store.place) == would["bytes"] > SIZE
+        assert Store(store.url).list() == ["c/1", "c/3"] and whole(store) == []
+        Store(store.url).seal(folder(2), "c/4")
+        assert whole(store) == []
+
+
+def condemned_in(store, folder, monkeypatch):
+    "A store with a seal that a ref names, and a blob that was condemned."
+    store.seal(folder(1), "models/a/v1")
+    store.refer("models/a/current", "models/a/v1")
+    loose = store.seal(folder(2), "c/1")
+    store.place.delete(["seals/c/1.json"])
+    monkeypatch.setattr(retention, "FRESH", 0)
+    time.sleep(1.1)  # S3 has whole seconds
+    prune(store.place, grace=1000)
+    monkeypatch.undo()
+    return blob_key(next(iter(loose.blobs)))
+
+
+def test_a_lifecycle_rule_of_s3_reaches_condemned_blobs_alone(server, folder, monkeypatch):
+    with server("s3").environ() as s3:
+        store = Store(f"{s3.url.rstrip('/')}/lifecycle")
+        loose = condemned_in(store, folder, monkeypatch)
+        place, bucket = store.place, store.place.root.split("/")[0]
+
+        def tags(key):
+            return place.fs.call_s3("get_object_tagging", Bucket=bucket, Key=place.path(key).partition("/")[2])["TagSet"]
+
+        other = {"ID": "logs", "Status": "Enabled", "Filter": {"Prefix": "logs/"}, "Expiration": {"Days": 3}}
+        place.fs.call_s3("put_bucket_lifecycle_configuration", Bucket=bucket, LifecycleConfiguration={"Rules": [other]})
+        assert bill.lifecycle(store, 30, yes=True)["marks"] == 0  # its grace is not over
+        shown = bill.lifecycle(store, 30, grace=0)
+        assert shown["marks"] == 1 and not tags(loose)
+        for _ in range(2):
+            bill.lifecycle(store, 30, yes=True, grace=0)
+        rules = place.fs.call_s3("get_bucket_lifecycle_configuration", Bucket=bucket)["Rules"]
+        assert [r["ID"] for r in rules] == ["logs", "waystation-condemned:lifecycle", "waystation-condemned-parts:lifecycle"]
+        assert rules[1]["Filter"]["And"] == {"Prefix": "lifecycle/blobs/", "Tags": [{"Key": "waystation", "Value": "condemned"}]}
+        marked = [k for k in place.keys("blobs") if tags(k)]
+        assert marked == [loose]
+        monkeypatch.setattr(retention, "LOOK", 0.01)
+        Store(store.url).seal(folder(2), "c/2")  # the same bytes again: stored anew, and no longer marked
+        assert [k for k in place.keys("blobs") if tags(k)] == []
+
+
+def test_the_requests_of_a_lifecycle_rule_of_gcs(server, folder, monkeypatch):
+    "The emulator drops lifecycle rules, so that what would be sent is looked at."
+    with server("gcs").environ() as gcs:
+        store = Store(f"{gcs.url.rstrip('/')}/lifecycle")
+        loose = condemned_in(store, folder, monkeypatch)
+        place, bucket, sent = store.place, store.place.root.split("/")[0], []
+        other = {"action": {"type": "Delete"}, "condition": {"age": 3, "matchesPrefix": ["logs/"]}}
+
+        def call(method, path, *args, **more):
+            sent.append((method, path.format(*args), more.get("json")))
+            return {"lifecycle": {"rule": [other]}} if method == "GET" else {}
+
+        monkeypatch.setattr(place.fs, "call", call, raising=False)
+        time.sleep(0.1)
+        assert bill.lifecycle(store, 30, grace=0)["marks"] == 1 and len(sent) == 1
+        bill.lifecycle(store, 30, yes=True, grace=0)
+    assert sent[2][:2] == ("PATCH", f"b/{bucket}/o/lifecycle/{loose}") and list(sent[2][2]) == ["customTime"]
+    rule = {"action": {"type": "Delete"}, "condition": {"daysSinceCustomTime": 30, "matchesPrefix": ["lifecycle/blobs/"]}}
+    assert sent[3:] == [("PATCH", f"b/{bucket}", {"lifecycle": {"rule": [other, rule]}})]
+
+
+def test_the_commands(cli, env, folder):
+    store = Store(env["WAYSTATION_STORE"])
+    for n in 1, 2, 3:
+        store.seal(folder(0, n), f"c/{n}")
+    would = cli("store", "prune", "c", "--keep-last", 1, "--grace", 0, "--dry-run", "--json")
+    assert would["goes"] == ["c/1", "c/2"] and 2 * SIZE < would["bytes"] < 2 * SIZE + 2000
+    time.sleep(0.1)
+    before = du(store.place)
+    cli("store", "prune", "c", "--keep-last", 1, "--grace", 0)
+    assert before - du(store.place) == would["bytes"]
+    assert "no price for folder: set `folder = " in cli("store", "cost")
+    (Path(env["WAYSTATION_STORE"]) / "settings.ini").write_text("[prices]\nfolder = 1000\n")
+    assert cli("store", "cost", "--json")["month"] == pytest.approx(du(store.place) / 1e6)
+    cli("store", "lifecycle", "--delete-after", 30, code=2)

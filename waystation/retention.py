@@ -291,7 +291,7 @@ def _condemn(place:Place, grace:float) -> tuple[int,int]: # Blobs, bytes
         place.create(f'condemned/{time.time_ns()}.json', json.dumps(dict(at=time.time(), grace=grace, digests=loose[at:at + 10_000])).encode())
     return len(loose), sum(blobs[d].size for d in loose)
 
-# %% ../nbs/05_retention.ipynb #aefacb67
+# %% ../nbs/05_retention.ipynb #59b320a7
 def collect(
     place:Any,           # A Place, or a Store
     grace:float=GRACE,   # Seconds that a blob stays condemned before it is deleted
@@ -302,8 +302,8 @@ def collect(
     place.sweep()
     deleted = _delete_expired(place, grace)
     condemned = _condemn(place, grace)
-    if not grace: deleted = tuple(a + b for a, b in zip(deleted, _delete_expired(place, grace), strict=True))
-    return dict(condemned=condemned[0], condemned_bytes=condemned[1], deleted=deleted[0], deleted_bytes=deleted[1])
+    more = (0, 0) if grace else _delete_expired(place, grace)
+    return dict(condemned=condemned[0], condemned_bytes=condemned[1], deleted=deleted[0] + more[0], deleted_bytes=deleted[1] + more[1])
 
 def plan(
     place:Place,       # Where to look
