@@ -72,10 +72,11 @@ def parser(
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
     return p
 
-# %% ../nbs/90_cli.ipynb #7074cb23
+# %% ../nbs/90_cli.ipynb #c17afc3a
 STORE_HELP = 'look into a store, and keep it in order'
 STORE = {'ls': 'waystation.cli:store_ls', 'fetch': 'waystation.cli:store_fetch', 'seal': 'waystation.cli:store_seal', 'verify': 'waystation.cli:store_verify',
-         'doctor': 'waystation.doctor:doctor'}
+         'doctor': 'waystation.doctor:doctor', 'prune': 'waystation.bill:store_prune', 'cost': 'waystation.bill:store_cost',
+         'lifecycle': 'waystation.bill:store_lifecycle'}
 
 def store_command(
     verb:str, # A key of STORE

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #4e7cf0c0
-import base64, hashlib, json, logging, os, re, shutil, threading
+# %% ../nbs/06_store.ipynb #57672ddb
+import base64, hashlib, json, logging, os, re, shutil, threading, time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
@@ -15,11 +15,12 @@ from typing import Any
 from .doctor import doctor
 from .place import Place, changed
 from .remotes import open_place
+from .retention import FRESH, Condemned, prune
 from .runtime import Refused
 from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, lost, new_manifest, plain,
                              read_manifest, seal_key, verified_key)
 
-# %% ../nbs/06_store.ipynb #2223308b
+# %% ../nbs/06_store.ipynb #858a6453
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
@@ -29,6 +30,7 @@ class Store:
     ):
         self.place = url if isinstance(url, Place) else open_place(url)
         self.url = self.place.url
+        self._condemned = Condemned(self.place)
 
     def __repr__(self): return f"Store({self.url!r}, {len(self.place.keys('seals'))} seals)"
 
@@ -77,7 +79,7 @@ class Store:
             if rel not in inside:
                 entry = describe(path)
                 with lock: first = entry['sha256'] not in stored; stored.add(entry['sha256'])
-                if first: self.place.keep(blob_key(entry['sha256']), path, entry['size'], entry['sha256'])
+                if first: self._keep(path, entry['size'], entry['sha256'])
                 return entry
             data = path.read_bytes()
             if len(data) != sizes[rel]: raise changed(path)
@@ -85,8 +87,18 @@ class Store:
         stored:set[str] = set()
         lock = threading.Lock()
         order = sorted(found, key=lambda r: -sizes[r])  # the largest takes longest, so it begins first
-        done = dict(zip(order, self.place.each(lambda rel: store(rel) if rel else also and also(), ['', *order])[1:], strict=True))
-        return {rel: done[rel] for rel in found}
+        while True:  # once, unless that took so long that a prune may have condemned what was there at first
+            began = time.monotonic()
+            stored.clear()
+            if len(inside) < len(found): self._condemned.look()
+            done = dict(zip(order, self.place.each(lambda rel: store(rel) if rel else also and also(), ['', *order])[1:], strict=True))
+            if self._condemned.settle() and time.monotonic() - began < FRESH: return {rel: done[rel] for rel in found}
+
+    def _keep(self, path:Path, size:int, digest:str) -> None:
+        "Store a blob that is not there, or that is about to be collected."
+        if not self._condemned.holds(digest): return self.place.keep(blob_key(digest), path, size, digest)
+        self.place.put(blob_key(digest), path, digest)
+        self._condemned.stored(digest)
 
     def _commit(self, name:str, files:dict, meta:dict, fence:Callable[[],Any]|None) -> Seal|None: # None when the name was taken
         "Create the manifest: from here on the seal is there."
@@ -225,7 +237,9 @@ class Store:
         while True:
             last = self._last_ref(ref)
             if last and last[1] == name: return
-            if self.place.create(f'refs/{ref}/{last[0] + 1 if last else 1}.json', json.dumps(dict(name=name)).encode()): return
+            if self.place.create(f'refs/{ref}/{last[0] + 1 if last else 1}.json', json.dumps(dict(name=name)).encode()): break
+        if not self.has(name):  # a prune that looked at the refs a moment too early; it puts back what it sees to be named
+            raise Refused(f"seal {name!r} was removed by a prune just now, so {ref!r} names nothing; point it at another seal")
 
     def _last_ref(self, ref:str) -> tuple[int,str]|None:
         numbers = [int(m[1]) for k in self.place.keys(f'refs/{ref}') if (m := re.fullmatch(rf'refs/{re.escape(ref)}/(\d+)\.json', k))]
@@ -239,6 +253,13 @@ class Store:
         "The refs below `prefix`."
         names = sorted({k.removeprefix('refs/').rsplit('/', 1)[0] for k in self.place.keys(f'refs/{prefix}'.rstrip('/'))}, key=by_number)
         return {n: last[1] for n, last in zip(names, self.place.each(self._last_ref, names), strict=True) if last}
+
+    def prune(self,
+        prefix:str='',   # For example 'runs/banking/train/1/checkpoints'
+        **rules:Any,     # keep_last, keep_best with metric and best, keep_every; grace in seconds; dry_run
+    ) -> dict[str,Any]:  # What goes, what stays and why, and how many bytes return
+        "Remove seals that no rule keeps, and collect blobs; without a rule, only collect."
+        return prune(self.place, prefix, **rules)
 
     def resolve(self,
         name:str, # A seal or a ref
