@@ -197,7 +197,7 @@ def _target(url:str, name:str) -> tuple[Place,str]: # Where, and the key that a 
     above = url[:-len(last)] if renamed else url
     return Files(_local(above or '.')) if _is_local(url) else open_place(above.rstrip('/')), last if renamed else name
 
-# %% ../nbs/05_transfer.ipynb #c2cd9d33
+# %% ../nbs/05_transfer.ipynb #3b89e28c
 def _check_keys(keys:Iterable[str], url:str) -> None:
     "Names come from people and buckets; none may lead out of the target."
     names = set(keys)
@@ -236,7 +236,9 @@ def copy(
                       "nothing was copied: --overwrite replaces them, or name another folder")
     if isinstance(dst, Files): dst.may_replace = {job.key(e) for e in both}
     todo = [e for e in found if verdict.get(e.key) != 'same']
-    try: dst.each(job.send, todo)
+    try:
+        dst.each(job.send, todo)
+        dst.settle()
     finally: dst.sweep() if isinstance(dst, Files) else None
     return dict(files=len(found), copied=len(todo), there=len(found) - len(todo), mended=sum(v == 'torn' for v in verdict.values()),
                 bytes=sum(e.size for e in todo))
