@@ -324,7 +324,7 @@ def _goes_on(old:dict[int,str], new:dict[int,str]) -> bool:
     "Whether the log `new` is `old` and perhaps more. Early entries may be missing on either side; the last of `old` must be in both."
     return all(old[n] == new[n] for n in old.keys() & new.keys()) and (not old or max(old) in new)
 
-# %% ../nbs/05_transfer.ipynb #58a71592
+# %% ../nbs/05_transfer.ipynb #14064e05
 BATCH = 32  # Seals whose manifests are held at once: 1.4 MB each at the most
 
 def _manifest(place:Place, name:str, moved:Moved) -> tuple[bytes,Seal]|None: # None when there is none that can be moved
@@ -339,14 +339,22 @@ def _manifest(place:Place, name:str, moved:Moved) -> tuple[bytes,Seal]|None: # N
 
 def _send(src:Place, dst:Place, names:list[str], moved:Moved, tick:Callable[[int],Any]=lambda n: None) -> None:
     "Move seals that `dst` lacks, some at a time: their blobs, then their manifests."
+    doomed = _doomed(dst) if names else set()
     for at in range(0, len(names), BATCH):
         part = names[at:at + BATCH]
-        _send_batch(src, dst, {n: m for n, m in zip(part, src.each(lambda n: _manifest(src, n, moved), part), strict=True) if m}, moved)
+        _send_batch(src, dst, doomed, {n: m for n, m in zip(part, src.each(lambda n: _manifest(src, n, moved), part), strict=True) if m}, moved)
         tick(len(part))
 
-def _send_batch(src:Place, dst:Place, batch:dict[str,tuple[bytes,Seal]], moved:Moved) -> None:
+def _doomed(place:Place) -> set[str]:
+    "Blobs that a prune has condemned: there for now, and gone unless they are stored again."
+    found:set[str] = set()
+    for key in place.keys('condemned'):
+        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError): found |= set(json.loads(place.read(key))['digests'])
+    return found
+
+def _send_batch(src:Place, dst:Place, doomed:set[str], batch:dict[str,tuple[bytes,Seal]], moved:Moved) -> None:
     blobs = {d: (size, name) for name, (_, seal) in batch.items() for d, size in seal.blobs.items()}
-    how = dict(zip(blobs, dst.each(lambda d: _send_blob(src, dst, d, *blobs[d], moved), blobs), strict=True))
+    how = dict(zip(blobs, dst.each(lambda d: _send_blob(src, dst, d, *blobs[d], moved, again=d in doomed), blobs), strict=True))
     def commit(name):
         data, seal = batch[name]
         if any(not how[d] for d in seal.blobs): return
