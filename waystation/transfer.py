@@ -21,11 +21,11 @@ from .seal import Seal, blob_key, check_name, hash_file, lost, read_manifest, se
 log = logging.getLogger('waystation')
 Tick = Callable[[int,int],Any]  # (what was just done, what there is in all): bytes for `copy`, seals for `sync`
 
-# %% ../nbs/05_transfer.ipynb #27e13e36
+# %% ../nbs/05_transfer.ipynb #1fbbe1b9
 class Files(Folder):
     "A folder of plain files. Nothing is written to it before the first file."
-    def __init__(self, root:str|Path):
-        self.root = Path(root).expanduser()
+    def __init__(self, root:str|Path, target:bool=False):
+        self.root, self.target = Path(root).expanduser(), target
         self.url, self.parts = str(self.root.absolute()), self.root/'.waystation-parts'
         self.may_replace:set[str] = set()  # Keys whose file is known to be no loss
 
@@ -33,13 +33,17 @@ class Files(Folder):
         def stop(e): raise e
         for at, folders, files in os.walk(self.root, onerror=stop):
             if Path(at) == self.root and self.parts.name in folders: folders.remove(self.parts.name)
-            for name in folders:
+            for name in folders if not self.target else ():  # what is beside our files there is not our business
                 if (link := Path(at, name)).is_symlink(): raise Refused(f"{link} is a link to a folder; copy what it points at by a path of its own, or remove it")
             for name in files:
                 path = Path(at, name)
                 try: s = path.stat()
-                except FileNotFoundError as e: raise Refused(f"{path} is a link to nothing, or was removed just now; remove it, or run it again") from e
-                if not stat.S_ISREG(s.st_mode): raise Refused(f"{path} is a pipe, socket or device; only files can be copied")
+                except FileNotFoundError as e:
+                    if self.target: continue
+                    raise Refused(f"{path} is a link to nothing, or was removed just now; remove it, or run it again") from e
+                if not stat.S_ISREG(s.st_mode):
+                    if self.target: continue
+                    raise Refused(f"{path} is a pipe, socket or device; only files can be copied")
                 yield Entry(path.relative_to(self.root).as_posix(), s.st_size, s.st_mtime)
 
     def put(self, key:str, path:Path, digest:str) -> None:
@@ -169,7 +173,7 @@ def _compare(a:Content, b:Content) -> str: # 'same', 'torn' or 'other'
         return 'same' if (a.md5 and a.md5 == b.md5) or a.read() == b.read() else 'other'
     return 'torn' if b.size < a.size and digest_of(a.place, a.key, b.size) == digest_of(b.place, b.key, b.size) else 'other'
 
-# %% ../nbs/05_transfer.ipynb #d898cb94
+# %% ../nbs/05_transfer.ipynb #62c2c82a
 def _is_local(url:str) -> bool: return ':' not in url or len(kind := url.split(':')[0]) < 2 or '/' in kind or url.startswith('file:')
 def _local(url:str) -> Path: return Path(url.removeprefix('file://').removeprefix('file:')).expanduser()
 
@@ -195,7 +199,7 @@ def _target(url:str, name:str) -> tuple[Place,str]: # Where, and the key that a 
     last = re.split('[/:]', url)[-1]
     renamed = name and last and Path(last).suffix and Path(last).suffix == Path(name).suffix and not (_is_local(url) and _local(url).is_dir())
     above = url[:-len(last)] if renamed else url
-    return Files(_local(above or '.')) if _is_local(url) else open_place(above.rstrip('/')), last if renamed else name
+    return Files(_local(above or '.'), target=True) if _is_local(url) else open_place(above.rstrip('/')), last if renamed else name
 
 # %% ../nbs/05_transfer.ipynb #3b89e28c
 def _check_keys(keys:Iterable[str], url:str) -> None:
@@ -405,7 +409,7 @@ def _send_refs(src:Place, dst:Place, refs:Iterable[str], logs:tuple[dict,dict], 
             _extend(dst, ref, old, new, lambda name: dst.size(seal_key(name)) is not None, moved)
     dst.each(one, refs)
 
-# %% ../nbs/05_transfer.ipynb #297d8c9b
+# %% ../nbs/05_transfer.ipynb #e32c7e55
 def sync(
     a:Place,               # A store's place
     b:Place,               # The other's
@@ -429,11 +433,11 @@ def sync(
     ways = [(a, b, sorted(seals[0] - seals[1] - mixed), to_b, logs)]
     if not one_way: ways.append((b, a, sorted(seals[1] - seals[0] - mixed), to_a, logs[::-1]))
     total = sum(len(names) for _, _, names, *_ in ways)
-    tick = tick or (lambda done, total: None)
-    tick(0, total)
-    for src, dst, names, moved, _ in ways: _send(src, dst, names, moved, lambda n: tick(n, total))
+    told = tick or (lambda done, total: None)
+    told(0, total)
+    for src, dst, missing, moved, _ in ways: _send(src, dst, missing, moved, lambda n: told(n, total))
     refs = sorted((logs[0].keys() | logs[1].keys()) - mixed)
-    to_b.conflicts += [told for ref in refs if (told := _parted(ref, *(log.get(ref, {}) for log in logs), torn))]
+    to_b.conflicts += [c for ref in refs if (c := _parted(ref, logs[0].get(ref, {}), logs[1].get(ref, {}), torn))]
     for src, dst, _, moved, both in ways: _send_refs(src, dst, refs, both, torn, moved)
     return to_b, to_a
 
@@ -456,7 +460,7 @@ def _parted(ref:str, one:dict[int,str], two:dict[int,str], torn:set[str]) -> str
         return f"ref {ref!r} names {sorted(bad)[0]!r}, which is not the same in both stores; it was not moved"
     return ''
 
-# %% ../nbs/05_transfer.ipynb #518c9d86
+# %% ../nbs/05_transfer.ipynb #486b399c
 class Mirror:
     "Follows a store in the background, onto another place."
     farewell = 30.  # Seconds that the end of a station waits for what is on its way
@@ -466,11 +470,13 @@ class Mirror:
         first:Place, # The store's place
         url:str,     # Where the mirror is; opened when it is first needed, and by the thread alone
     ):
-        self.first, self.url, self.failures = first, redact(str(url)), []
-        self._url, self._place = url, None
+        self.first, self.url, self._url = first, redact(str(url)), url
+        self.failures:list[str] = []
+        self._place:Place|None = None
         self._names:set[tuple[str,str]] = set()   # ('seal' or 'ref', name)
         self._behind, self._busy, self._ok_at = True, False, 0.  # behind: what earlier processes left is not looked for yet
-        self._wake, self._thread = threading.Condition(), None
+        self._wake = threading.Condition()
+        self._thread:threading.Thread|None = None
 
     def note(self,
         kind:str,      # 'seal' or 'ref'; '' only to look for what is missing
@@ -528,13 +534,15 @@ class Mirror:
         if self._place is None:
             self._place = open_place(self._url)
             self._place.workers = 1  # no pool: its threads would hold up the end of the process; and the first place goes first
-        if self._place.url == self.first.url: raise Refused(f"mirror={self.url} is the store itself; name another place")
-        moved, logs, refs = Moved(), ({}, {}), {n for kind, n in names if kind == 'ref'}
+        first, second = self.first, self._place
+        if second.url == first.url: raise Refused(f"mirror={self.url} is the store itself; name another place")
+        moved, refs = Moved(), [''] if behind else sorted(n for kind, n in names if kind == 'ref')
         seals = {n for kind, n in names if kind == 'seal'}
-        if behind: seals |= _names(self.first, '') - _names(self._place, '')
-        _send(self.first, self._place, sorted(seals), moved)
-        for ref in [''] if behind else sorted(refs):
-            for mine, p in zip(logs, (self.first, self._place), strict=True): mine.update(_logs(p, ref, moved))
-        moved.conflicts += [told for ref in logs[0] if (told := _parted(ref, logs[0][ref], logs[1].get(ref, {}), set()))]
-        _send_refs(self.first, self._place, logs[0], logs, set(), moved)
+        new, old = ({k: v for ref in refs for k, v in _logs(p, ref, moved).items()} for p in (first, second))
+        # After the logs: what they name by now was sealed before.
+        seals |= {log[max(log)] for ref, log in new.items() if max(log) > max(old.get(ref, {}), default=0)}
+        if behind: seals |= _names(first, '') - _names(second, '')
+        _send(first, second, sorted(seals), moved)
+        moved.conflicts += [told for ref in new if (told := _parted(ref, new[ref], old.get(ref, {}), set()))]
+        _send_refs(first, second, new, (new, old), set(), moved)
         if moved.conflicts or moved.wrong: raise Refused('; '.join([*moved.conflicts, *moved.wrong][:3]))
