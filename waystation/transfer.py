@@ -292,7 +292,7 @@ class _Copy:
             yield chunk
             self.tick(len(chunk), self.total)
 
-# %% ../nbs/05_transfer.ipynb #aa80ba93
+# %% ../nbs/05_transfer.ipynb #47d41bdf
 @dataclass
 class Moved:
     "What a sync did."
@@ -309,6 +309,9 @@ def _names(place:Place, prefix:str) -> set[str]:
     "Seals below a prefix, and the one of just that name."
     found = {k.removeprefix('seals/').removesuffix('.json') for k in place.keys(f'seals/{prefix}'.rstrip('/')) if k.endswith('.json')}
     return found | ({prefix} if prefix and place.size(seal_key(prefix)) is not None else set())
+
+def _there(place:Place, names:list[str]) -> set[str]:
+    return {n for n, size in zip(names, place.each(lambda n: place.size(seal_key(n)), names), strict=True) if size is not None}
 
 def _logs(place:Place, prefix:str, moved:Moved) -> dict[str,dict[int,str]]: # Ref -> number -> the seal it named
     "The logs of the refs below a prefix."
@@ -409,7 +412,7 @@ def _send_refs(src:Place, dst:Place, refs:Iterable[str], logs:tuple[dict,dict], 
             _extend(dst, ref, old, new, lambda name: dst.size(seal_key(name)) is not None, moved)
     dst.each(one, refs)
 
-# %% ../nbs/05_transfer.ipynb #e32c7e55
+# %% ../nbs/05_transfer.ipynb #5b008ec1
 def sync(
     a:Place,               # A store's place
     b:Place,               # The other's
@@ -426,7 +429,7 @@ def sync(
     seals = [_names(p, prefix) for p in (a, b)]
     for names, place in zip(seals, (a, b), strict=True):
         outside = sorted(named - names)
-        names |= {n for n, size in zip(outside, place.each(lambda n, p=place: p.size(seal_key(n)), outside), strict=True) if size is not None}
+        names |= _there(place, outside)
     torn = _conflicts(a, b, sorted(seals[0] & seals[1]), to_b)
     mixed = (seals[0] & logs[1].keys()) | (seals[1] & logs[0].keys())
     to_b.conflicts += [f"{n!r} is a seal in one store and a ref in the other; a name is one of both: neither was moved" for n in sorted(mixed)]
