@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'station', 'parser', 'store_command', 'store_ls', 'store_fetch', 'store_seal',
-           'store_verify', 'headline', 'table', 'terminable', 'main']
+           'store_verify', 'store_copy', 'store_sync', 'headline', 'table', 'terminable', 'main']
 
 # %% ../nbs/90_cli.ipynb #f04682eb
 import argparse, contextlib, errno, importlib, inspect, json, signal, sys, threading
@@ -72,11 +72,11 @@ def parser(
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
     return p
 
-# %% ../nbs/90_cli.ipynb #c17afc3a
+# %% ../nbs/90_cli.ipynb #bbc94a86
 STORE_HELP = 'look into a store, and keep it in order'
 STORE = {'ls': 'waystation.cli:store_ls', 'fetch': 'waystation.cli:store_fetch', 'seal': 'waystation.cli:store_seal', 'verify': 'waystation.cli:store_verify',
-         'doctor': 'waystation.doctor:doctor', 'prune': 'waystation.bill:store_prune', 'cost': 'waystation.bill:store_cost',
-         'lifecycle': 'waystation.bill:store_lifecycle'}
+         'copy': 'waystation.cli:store_copy', 'sync': 'waystation.cli:store_sync', 'doctor': 'waystation.doctor:doctor',
+         'prune': 'waystation.bill:store_prune', 'cost': 'waystation.bill:store_cost', 'lifecycle': 'waystation.bill:store_lifecycle'}
 
 def store_command(
     verb:str, # A key of STORE
@@ -134,6 +134,45 @@ def store_verify(
     text = f'{len(names)} seals are whole, {len(names) - len(left)} of them verified' + (f'; {len(left)} only committed: {hint}' if left else '')
     return dict(seals=len(names), verified=len(names) - len(left), wrong=wrong, text='\n'.join(wrong) or text, exit=4 if wrong else 0)
 
+# %% ../nbs/90_cli.ipynb #739756aa
+@contextlib.contextmanager
+def _bar(desc:str, unit:str) -> Iterator[Callable[[int,int],None]]:
+    "What `transfer` calls as it goes on, as a bar."
+    from waystation.monitor import progress
+    with contextlib.ExitStack() as stack:
+        bars:list[Any] = []
+        def tick(done:int, total:int):
+            if not bars: bars.append(stack.enter_context(progress(total, desc, unit)))
+            bars[0].update(done)
+        yield tick
+
+def store_copy(
+    a:str,                  # A file or folder: a path, or gs:, s3:, rclone: and what follows
+    b:str,                  # The folder that it goes to, of any kind; for one file also a new name of the same ending
+    overwrite:bool=False,   # Replace files of the same name and other content
+) -> dict[str,Any]:
+    "Copy plain files between machine, Drive, bucket and remote; again, it goes on where it stopped."
+    from waystation.transfer import copy
+    with _bar('copy', 'B') as tick: done = copy(a, b, overwrite, tick)
+    mended = f", {done['mended']} of them in place of a torn one" if done['mended'] else ''
+    return done | dict(text=f"{done['copied']} of {done['files']} files copied ({done['bytes']/1e6:.1f} MB){mended}; {done['there']} were there")
+
+def store_sync(
+    a:str,                  # A store
+    b:str,                  # Another
+    prefix:str='',          # Only names below this one, and what refs below it name
+    one_way:bool=False,     # Only from A to B
+) -> dict[str,Any]:
+    "Move between two stores what each one lacks."
+    from waystation.remotes import open_place
+    from waystation.transfer import sync
+    with _bar('sync', 'seal') as tick: ways = sync(open_place(a), open_place(b), prefix, one_way, tick)
+    lines = [f'{len(m.seals)} seals, {len(m.refs)} refs and {m.bytes/1e6:.1f} MB to {redact(to)}' for m, to in zip(ways, (b, a), strict=True)]
+    wrong = [w for m in ways for w in m.conflicts + m.wrong]
+    keys = ('seals', 'refs', 'blobs', 'bytes')
+    return dict(to_b={k: getattr(ways[0], k) for k in keys}, to_a={k: getattr(ways[1], k) for k in keys}, wrong=wrong,
+                text='\n'.join([*wrong, *lines[:1 if one_way else 2]]), exit=4 if wrong else 0)
+
 # %% ../nbs/90_cli.ipynb #16e85d59
 def headline(
     report:dict[str,Any], # A station's report
@@ -170,7 +209,7 @@ def _headline_export(r:dict[str,Any]) -> list[tuple[str,str]]:
         rows.append((k, f"{m['value']:.3f} [{low:.3f}, {high:.3f}]{ceiling}"))
     return [*rows, ('table', r['table'])]
 
-# %% ../nbs/90_cli.ipynb #6f507232
+# %% ../nbs/90_cli.ipynb #3ff3e137
 def table(
     reports:list[dict[str,Any]], # Of one or more steps
 ) -> str:
@@ -178,6 +217,7 @@ def table(
     lines = []
     for r in reports:
         rows = [('time', f"{r['seconds']:g} s, peak {r['peak_gb']:g} GB"), *headline(r)]
+        if r.get('mirror', 'ok') != 'ok': rows.append(('mirror', r['mirror']))
         lines += [f"{r['step'] if n == 0 else '':<12} {what:<16} {value}" for n, (what, value) in enumerate(rows)]
     return '\n'.join(lines)
 

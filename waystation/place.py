@@ -124,7 +124,7 @@ def telling(url:str) -> Iterator[None]:
         if (told := explain(e, url)) is None: raise
         raise told from e
 
-# %% ../nbs/02_place.ipynb #7c61966c
+# %% ../nbs/02_place.ipynb #e23367c7
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -167,6 +167,10 @@ class Place:
         if not self.has(key, size, digest): self.put(key, path, digest)
 
     def session(self) -> str: return ''  # Through which cache it is seen: reading back in the same one proves nothing; '' where none is between
+    def tag(self, key:str) -> str:
+        "What the place tells of a file's bytes, without moving them: 'md5:…' or something that changes with them; '' when it tells nothing."
+        return ''
+
     def keys(self, prefix:str) -> list[str]: return [e.key for e in self.entries(prefix)]
     def room(self) -> int|None: return None  # Free bytes, or what is left of a quota; None when the place does not tell
     def settle(self) -> None: "Make what was put readable now, where a place keeps it back until the next `create`."

@@ -97,7 +97,7 @@ def read_report(
     report = store.read(f'{base}/report').meta
     return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
-# %% ../nbs/09_recipe.ipynb #916635ed
+# %% ../nbs/09_recipe.ipynb #714e43b1
 class Job:
     "One attempt at one step of a run, with the right to write it."
     def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease):
@@ -192,10 +192,11 @@ class Job:
         doc = dict(run=self.run, step=self.step, station=self.station, attempt=self.attempt, **result, files=files or {})
         doc |= dict(seconds=round(time.time() - self.started, 1), peak_gb=host_memory()['peak_gb'], params=self.params, version=version('waystation'))
         shutil.rmtree(self.work, ignore_errors=True)
+        if self.store.mirror: doc['mirror'] = self.store.drain()
         self.seal(None, 'report', meta=doc)
         return read_report(self.store, self.base) or {}
 
-# %% ../nbs/09_recipe.ipynb #671919af
+# %% ../nbs/09_recipe.ipynb #2c4f5145
 @contextlib.contextmanager
 def begin(
     station:str,            # 'setup', 'train', 'embed' or 'export'
@@ -206,7 +207,7 @@ def begin(
     for key in ('run', 'step'): check_name(params[key])
     if '/' in params['run'] or '/' in params['step']: raise Refused(f"run={params['run']!r}, step={params['step']!r}: a name of a run or step has no slash")
     params = params | {'store': params['store'] or settings()['store']}
-    store = Store(params['store'])
+    store = Store(params['store'], mirror=settings()['mirror'])
     def stop(*_): raise Interrupted(f"{params['run']}/{params['step']} was asked to stop; what is sealed stays, and the same command goes on from there")
     main = threading.current_thread() is threading.main_thread()
     store.place.sweep()  # before the lease: what fails between taking it and `try` would keep it
@@ -216,6 +217,7 @@ def begin(
     finally:
         lease.release()
         if main: signal.signal(signal.SIGTERM, before)
+    store.drain()  # after an error nobody waits: the next run brings the rest
 
 # %% ../nbs/09_recipe.ipynb #03e599de
 def station_notebook(
@@ -281,7 +283,7 @@ def load_recipe(
             s[key] = check_value(f"{s['step']}.{key}", s[key], defaults[key])
     return steps
 
-# %% ../nbs/09_recipe.ipynb #31c4776f
+# %% ../nbs/09_recipe.ipynb #b489e204
 def run_recipe(
     recipe:str|Path,               # A YAML file or a packaged recipe's name
     run:str,                       # The run's name; the same name goes on
@@ -292,7 +294,7 @@ def run_recipe(
 ) -> dict[str,Any]:                # 'steps': their reports; 'notebooks': seals of the executed notebooks
     "Run a recipe's steps as notebooks, those that are not finished."
     steps, store = load_recipe(recipe, changes), store or settings()['store']
-    place, reports, notebooks = Store(store), [], {}
+    place, reports, notebooks = Store(store, mirror=settings()['mirror']), [], {}
     for s in steps:
         if s.get('cache'): os.environ['WAYSTATION_CACHE'] = str(s['cache'])  # a kernel cannot set it for the next one
         params = station_parameters(s['station']) | {k: v for k, v in s.items() if k != 'station'}
@@ -301,7 +303,7 @@ def run_recipe(
         if done is None: done = _execute(s['station'], params, place)
         reports.append(done)
         notebooks[s['step']] = place.latest(f"runs/{run}/{s['step']}/{done['attempt']}/notebooks")
-    return dict(run=run, store=store, steps=reports, notebooks=notebooks)
+    return dict(run=run, store=store, steps=reports, notebooks=notebooks) | (dict(mirror=place.drain()) if place.mirror else {})
 
 def _finished(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]|None:
     "The report of a step that is done and whose notebook is sealed; its parameters are checked as if it ran."

@@ -119,7 +119,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
     'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
 
-# %% ../nbs/03_remotes.ipynb #3ed9743c
+# %% ../nbs/03_remotes.ipynb #0a3b8a49
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -210,7 +210,15 @@ class Bucket(Place):
         with self._told():
             try: info = self.fs.info(self.path(key))
             except FileNotFoundError: return None
-            return info['size'] if info['type'] == 'file' else None
+        return info['size'] if info['type'] == 'file' else None  # a prefix of others is told as a folder of 0 bytes
+
+    def tag(self, key:str) -> str:
+        with self._told():
+            try: info = self.fs.info(self.path(key))
+            except FileNotFoundError: return ''
+        if md5 := info.get('md5Hash'): return f'md5:{base64.b64decode(md5).hex()}'
+        etag = str(info.get('ETag') or info.get('etag') or '').strip('"')
+        return f'md5:{etag}' if len(etag) == 32 else f'etag:{etag}' if etag else ''
 
     def has(self, key:str, size:int, digest:str) -> bool:
         known = self._seen.get(key)
@@ -321,7 +329,7 @@ class _Rclone:
         with self._answer('GET', f'/{urllib.parse.quote(path)}') as r:
             while chunk := r.read(CHUNK): yield chunk
 
-# %% ../nbs/03_remotes.ipynb #b2d274a0
+# %% ../nbs/03_remotes.ipynb #2ca452f8
 class Rclone(Place):
     "A remote of rclone: `rclone:REMOTE:path`."
     workers = 8
@@ -365,6 +373,10 @@ class Rclone(Place):
     def size(self, key:str) -> int|None:
         item = self._ask('operations/stat', fs=self.fs, remote=key)['item']
         return None if item is None or item['IsDir'] else item['Size']
+
+    def tag(self, key:str) -> str:
+        item = self._ask('operations/stat', fs=self.fs, remote=key, opt=dict(showHash=True, hashTypes=['md5']))['item']
+        return f"md5:{md5}" if (md5 := ((item or {}).get('Hashes') or {}).get('md5')) else ''
 
     def entries(self, prefix:str) -> Iterator[Entry]:
         for f in self._list(prefix):

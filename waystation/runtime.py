@@ -35,7 +35,7 @@ def platform() -> str: # 'colab', 'kaggle', 'codespaces' or 'local'
     if os.environ.get('CODESPACES') == 'true': return 'codespaces'
     return 'local'
 
-# %% ../nbs/01_runtime.ipynb #c0e93962
+# %% ../nbs/01_runtime.ipynb #d1a6c5ea
 def packaged(name:str) -> Path: # A file or folder that travels with the package
     "The path of `name` inside the installed package, or in the checkout that it is developed in."
     package = Path(str(resources.files('waystation')))
@@ -57,7 +57,7 @@ def settings() -> dict[str,str]: # Merged settings of this platform, with `~` ex
     ini, here = _read_settings()
     merged = dict(ini[here] if ini.has_section(here) else ini['DEFAULT'])
     merged |= {k[len('WAYSTATION_'):].lower(): v for k, v in os.environ.items() if k.startswith('WAYSTATION_') and v}
-    for key in ('store', 'cache'): merged[key] = os.path.expanduser(merged[key])
+    for key in ('store', 'cache', 'mirror'): merged[key] = os.path.expanduser(merged[key])
     return merged
 
 def prices() -> dict[str,float]: # Key of [prices] -> price, in the user's currency

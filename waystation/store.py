@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #57672ddb
+# %% ../nbs/06_store.ipynb #1ea52712
 import base64, hashlib, json, logging, os, re, shutil, threading, time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -19,18 +19,21 @@ from .retention import FRESH, Condemned, prune
 from .runtime import Refused
 from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, lost, new_manifest, plain,
                              read_manifest, seal_key, verified_key)
+from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #858a6453
+# %% ../nbs/06_store.ipynb #2937ae50
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
     "A durable place that shows complete, verified sets of files and nothing else."
     def __init__(self,
         url:str|Path|Place, # A folder, or file:, gs:, s3:, … and what follows
+        mirror:str='',      # A second place, which follows in the background; '' for none
     ):
         self.place = url if isinstance(url, Place) else open_place(url)
         self.url = self.place.url
         self._condemned = Condemned(self.place)
+        self.mirror = Mirror(self.place, mirror) if mirror else None
 
     def __repr__(self): return f"Store({self.url!r}, {len(self.place.keys('seals'))} seals)"
 
@@ -110,6 +113,7 @@ class Store:
             except BaseException:  # the run was lost between the two looks: whoever has it now must not find this
                 self.place.delete([seal_key(name)])
                 raise
+        if self.mirror: self.mirror.note('seal', name)
         return read_manifest(name, doc)
 
     def read(self,
@@ -240,6 +244,7 @@ class Store:
             if self.place.create(f'refs/{ref}/{last[0] + 1 if last else 1}.json', json.dumps(dict(name=name)).encode()): break
         if not self.has(name):  # a prune that looked at the refs a moment too early; it puts back what it sees to be named
             raise Refused(f"seal {name!r} was removed by a prune just now, so {ref!r} names nothing; point it at another seal")
+        if self.mirror: self.mirror.note('ref', ref)
 
     def _last_ref(self, ref:str) -> tuple[int,str]|None:
         numbers = [int(m[1]) for k in self.place.keys(f'refs/{ref}') if (m := re.fullmatch(rf'refs/{re.escape(ref)}/(\d+)\.json', k))]
@@ -271,3 +276,22 @@ class Store:
             near = self.list(name.split('/')[0])[-5:] or self.list()[-5:]
             raise Refused(f"no seal or ref {name!r} in store {self.url}; " + (f"there are: {', '.join(near)}" if near else "it is empty"))
         return name
+
+    def sync(self,
+        other:'Store',   # The store to become equal with
+        prefix:str='',   # Only names below this one, and what refs below it name
+    ) -> tuple[Moved,Moved]: # What went to the other, with all conflicts, and what came from it
+        "Move what each of two stores lacks; nothing is overwritten."
+        return sync(self.place, other.place, prefix)
+
+    def drain(self,
+        timeout:float|None=None, # Seconds; None for the mirror's own patience
+    ) -> str:                    # 'ok', or how the mirror is behind
+        "Wait a little for the mirror."
+        if self.mirror: self.mirror.drain(timeout)
+        return self.mirror.state if self.mirror else 'ok'
+
+    @property
+    def mirror_failures(self) -> Names: # Sentences, the newest last; empty when the mirror follows
+        "What the mirror could not do."
+        return list(self.mirror.failures) if self.mirror else []
