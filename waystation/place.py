@@ -108,7 +108,7 @@ def explain(
         return Interrupted(f"store={url} cannot be reached ({said}); when it answers again, the same command goes on: what was sealed stays")
     return None
 
-# %% ../nbs/02_place.ipynb #bbe56538
+# %% ../nbs/02_place.ipynb #f7b90d03
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -144,6 +144,10 @@ class Place:
     def has(self, key:str, size:int, digest:str) -> bool:
         "Whether `key` is there with this size; a place that can cheaply tell more does."
         return self.size(key) == size
+
+    def tag(self, key:str) -> str:
+        "What the place tells of a file's bytes, without moving them: 'md5:…' or something that changes with them; '' when it tells nothing."
+        return ''
 
     def keys(self, prefix:str) -> list[str]: return [e.key for e in self.entries(prefix)]
     def sweep(self) -> None: "Remove what killed writers left half written, if the place cannot hide it."

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['Bucket', 'open_place']
 
-# %% ../nbs/03_remotes.ipynb #441e66a7
-import contextlib, functools, hashlib, os, time
+# %% ../nbs/03_remotes.ipynb #dd8603de
+import base64, contextlib, functools, hashlib, os, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -57,7 +57,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64))),
     'memory': _Kind(_memory, 'kept in memory', {})}
 
-# %% ../nbs/03_remotes.ipynb #995a3f79
+# %% ../nbs/03_remotes.ipynb #4fd910d4
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -130,8 +130,17 @@ class Bucket(Place):
 
     def size(self, key:str) -> int|None:
         with self._told():
-            try: return self.fs.info(self.path(key))['size']
+            try: info = self.fs.info(self.path(key))
             except FileNotFoundError: return None
+        return info['size'] if info['type'] == 'file' else None  # a prefix of others is told as a folder of 0 bytes
+
+    def tag(self, key:str) -> str:
+        with self._told():
+            try: info = self.fs.info(self.path(key))
+            except FileNotFoundError: return ''
+        if md5 := info.get('md5Hash'): return f'md5:{base64.b64decode(md5).hex()}'
+        etag = str(info.get('ETag') or info.get('etag') or '').strip('"')
+        return f'md5:{etag}' if len(etag) == 32 else f'etag:{etag}' if etag else ''
 
     def has(self, key:str, size:int, digest:str) -> bool:
         known = self._seen.get(key)

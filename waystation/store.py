@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #149a4aa3
+# %% ../nbs/06_store.ipynb #d871ffc2
 import base64, hashlib, json, os, re, shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from .cache import by_content
 from .place import Place, changed
 from .remotes import open_place
 from .runtime import Refused
 from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, lost, new_manifest, plain,
                              read_manifest, seal_key)
 
-# %% ../nbs/06_store.ipynb #bb6bad81
+# %% ../nbs/06_store.ipynb #11e428bd
 Names = list[str]  # inside the class, `list` is a method
 class Store:
     "A durable place that shows complete, verified sets of files and nothing else."
@@ -90,8 +91,8 @@ class Store:
         name:str, # A seal or a ref
     ) -> Seal:
         "The manifest of a seal."
-        name = self.resolve(name)
-        return read_manifest(name, self.place.read(seal_key(name)))
+        name, tag = self._find(name)
+        return read_manifest(name, by_content(tag, lambda: self.place.read(seal_key(name))))
 
     def has(self,
         name:str, # A seal's own name, not a ref
@@ -185,13 +186,17 @@ class Store:
         names = sorted({k.removeprefix('refs/').rsplit('/', 1)[0] for k in self.place.keys(f'refs/{prefix}'.rstrip('/'))}, key=by_number)
         return {n: last[1] for n, last in zip(names, self.place.each(self._last_ref, names), strict=True) if last}
 
+    def _find(self, name:str) -> tuple[str,str]: # A seal that exists, and the tag of its manifest
+        check_name(name)
+        if last := self._last_ref(name): name = last[1]
+        tag = self.place.tag(seal_key(name))
+        if not tag and not self.has(name):
+            near = self.list(name.split('/')[0])[-5:] or self.list()[-5:]
+            raise Refused(f"no seal or ref {name!r} in store {self.url}; " + (f"there are: {', '.join(near)}" if near else "it is empty"))
+        return name, tag
+
     def resolve(self,
         name:str, # A seal or a ref
     ) -> str:     # A seal that exists
         "Follow a ref to its seal."
-        check_name(name)
-        if last := self._last_ref(name): name = last[1]
-        if not self.has(name):
-            near = self.list(name.split('/')[0])[-5:] or self.list()[-5:]
-            raise Refused(f"no seal or ref {name!r} in store {self.url}; " + (f"there are: {', '.join(near)}" if near else "it is empty"))
-        return name
+        return self._find(name)[0]
