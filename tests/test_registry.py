@@ -38,7 +38,10 @@ def url(request, tmp_path):
 def put(store, name, meta=None, size=0):
     "A seal without its blobs: quick, and all that the registry looks at."
     files = {"a.bin": dict(sha256="0" * 64, size=size)} if size else {}
-    assert store.place.create(seal_key(name), new_manifest(name, files, meta or {}, ""))
+    path = store.place.path(seal_key(name))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.with_suffix(".part").write_bytes(new_manifest(name, files, meta or {}, ""))
+    path.with_suffix(".part").rename(path)
 
 
 def everything(facts):
@@ -283,11 +286,10 @@ def test_show_as_a_user_types_it(cli, store, tmp_path):
         put(store, f"runs/banking/train/1/checkpoints/{n}", {"step": n, "eval_loss": 1.5, **{f"metrics.m{i}": i for i in range(9)}}, 10**7)
     put(store, "models/banking/v1", dict(run="banking", step="train"), 10**7)
     store.refer("models/banking/current", "models/banking/v1")
-    for width in (80, 120):
-        for args in ((), ("banking",)):
-            said = cli("show", *args, COLUMNS=str(width))
-            assert max(map(len, said.splitlines())) <= width, said
-            assert "20 checkpoints" in said and "models/banking/current -> models/banking/v1" in said
+    for width, args in ((80, ()), (80, ("banking",)), (120, ("banking",))):
+        said = cli("show", *args, COLUMNS=str(width))
+        assert max(map(len, said.splitlines())) <= width, said
+        assert "20 checkpoints" in said and "models/banking/current -> models/banking/v1" in said
     assert cli("show", "banking", "--json")["steps"][0]["metrics"][1]["eval_loss"] == 1.5
     assert "22 seals, 1 refs, 1 runs, 1 attempts" in cli("store", "index")
     assert len(list((tmp_path / "cache/registry").iterdir())) == 1
