@@ -10,7 +10,8 @@ import nbformat
 import pytest
 from conftest import ROOT, WAYSTATION
 
-from waystation.recipe import show_run, station_notebook
+from waystation.recipe import station_notebook
+from waystation.registry import show_run
 from waystation.store import Store
 
 pytestmark = pytest.mark.slow

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from waystation.recipe import begin, load_recipe, run_recipe, show_run, station_parameters
+from waystation.recipe import begin, load_recipe, run_recipe, station_parameters
+from waystation.registry import show_run
 from waystation.runtime import Refused
 from waystation.store import Store
 

@@ -6,9 +6,9 @@
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'station', 'parser', 'store_command', 'store_ls', 'store_fetch', 'store_seal',
            'store_verify', 'store_copy', 'store_sync', 'headline', 'table', 'terminable', 'main']
 
-# %% ../nbs/90_cli.ipynb #f04682eb
-import argparse, contextlib, errno, importlib, inspect, json, signal, sys, threading
-from collections.abc import Callable, Iterator, Sequence
+# %% ../nbs/90_cli.ipynb #d2bcf9df
+import argparse, contextlib, errno, importlib, inspect, json, shutil, signal, sys, textwrap, threading
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 from .runtime import Interrupted, Refused, cache, redact, settings
@@ -72,11 +72,12 @@ def parser(
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
     return p
 
-# %% ../nbs/90_cli.ipynb #bbc94a86
+# %% ../nbs/90_cli.ipynb #f912551b
 STORE_HELP = 'look into a store, and keep it in order'
 STORE = {'ls': 'waystation.cli:store_ls', 'fetch': 'waystation.cli:store_fetch', 'seal': 'waystation.cli:store_seal', 'verify': 'waystation.cli:store_verify',
          'copy': 'waystation.cli:store_copy', 'sync': 'waystation.cli:store_sync', 'doctor': 'waystation.doctor:doctor',
-         'prune': 'waystation.bill:store_prune', 'cost': 'waystation.bill:store_cost', 'lifecycle': 'waystation.bill:store_lifecycle'}
+         'prune': 'waystation.bill:store_prune', 'cost': 'waystation.bill:store_cost', 'lifecycle': 'waystation.bill:store_lifecycle',
+         'index': 'waystation.registry:store_index', 'sql': 'waystation.registry:store_sql'}
 
 def store_command(
     verb:str, # A key of STORE
@@ -209,7 +210,7 @@ def _headline_export(r:dict[str,Any]) -> list[tuple[str,str]]:
         rows.append((k, f"{m['value']:.3f} [{low:.3f}, {high:.3f}]{ceiling}"))
     return [*rows, ('table', r['table'])]
 
-# %% ../nbs/90_cli.ipynb #3ff3e137
+# %% ../nbs/90_cli.ipynb #e77f0fe6
 def table(
     reports:list[dict[str,Any]], # Of one or more steps
 ) -> str:
@@ -221,18 +222,73 @@ def table(
         lines += [f"{r['step'] if n == 0 else '':<12} {what:<16} {value}" for n, (what, value) in enumerate(rows)]
     return '\n'.join(lines)
 
-def _show(result:dict[str,Any]) -> str: # Of `show_run` or `show_runs`, for a person
-    if 'runs' in result:
-        return '\n'.join(f"{r['run']:<24} " + ', '.join(f'{k} {v}' for k, v in r['steps'].items()) for r in result['runs']) or 'no runs yet'
-    lines = []
-    for s in result['steps']:
-        seals = ', '.join(f'{n} {k}' for k, n in s['seals'].items())
-        lines.append(f"{s['step']} ({s['station']}), attempt {s['attempt']}, begun {s['begun']}\n  {'seals':<16} {seals}")
-        lines.append(f"  {'params':<16} " + ', '.join(f'{k}={v!r}' for k, v in s['params'].items() if k not in ('run', 'store', 'step')))
-        if s['report']: lines += [f'  {what:<16} {value}' for what, value in [('time', f"{s['report']['seconds']:g} s"), *headline(s['report'])]]
-    return '\n'.join(lines)
+# %% ../nbs/90_cli.ipynb #c9386d38
+def _size(n:float) -> str: # '1.2 GB'
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if n < 999.5: return f'{n:.0f} {unit}' if unit == 'B' or n >= 99.5 else f'{n:.1f} {unit}'
+        n /= 1000
+    return f'{n:,.1f} TB'
 
-# %% ../nbs/90_cli.ipynb #5b49a7d3
+def _when(at:str) -> str: return at[:16].replace('T', ' ')
+def _cut(text:str, width:int) -> str: return text if len(text) <= width else text[:max(width, 1) - 1] + '…'
+def _state(s:dict[str,Any]) -> str: return s['state'] + (f", attempt {s['attempt']}" if s['attempt'] > 1 else '')
+
+def _kinds(seals:dict[str,int]) -> str: # '12 checkpoints, baseline'; every step has the other two
+    return ', '.join(k if n == 1 and not k.endswith('s') else f"{n:,} {k.removesuffix('s') if n == 1 else k}"
+                     for k, n in seals.items() if k not in ('begun', 'report'))
+
+def _wrapped(what:str, text:str, width:int) -> list[str]: # An entry whose text may need some lines
+    return textwrap.wrap(text, width, initial_indent=f'  {what:<16} ', subsequent_indent=' '*19, break_long_words=False, break_on_hyphens=False)
+
+def _names(what:str, lines:Iterable[str]) -> list[str]: # A block with a heading; none when there are no lines
+    return ['', what, *(f'  {x}' for x in lines)] if (lines := list(lines)) else []
+
+# %% ../nbs/90_cli.ipynb #3b0f875a
+def _show_runs(result:dict[str,Any], width:int) -> list[str]:
+    steps = [s for r in result['runs'] for s in r['steps']]
+    a, b = (max((len(f(s)) for s in steps), default=0) for f in (lambda s: s['step'], _state))
+    rows = [x for r in result['runs'] for x in
+            [(r['run'], r), *((f"  {s['step']:<{a}}  {_state(s):<{b}}  {_kinds(s['seals'])}".rstrip(), s) for s in r['steps'])]]
+    left = min(width - 28, max((len(text) for text, _ in rows), default=0))  # 10 for a size, 18 for a time
+    lines = [f"{'run':<{left}}{'size':>10}  last seal, UTC"] if rows else ['no runs yet']
+    lines += [f"{_cut(text, left):<{left}}{_size(of['bytes']) if of['bytes'] else '':>10}  {_when(of['sealed'])}" for text, of in rows]
+    refs = result['refs']
+    return lines + _names('names', (f'{k:<{max(map(len, refs))}} -> {v}' for k, v in refs.items())) + _names('damaged', result['damaged'].values())
+
+def _show_step(s:dict[str,Any], width:int) -> list[str]:
+    lines = ['', f"{s['step']} ({s['station'] or 'unknown station'}): {_state(s)}"]
+    lines += _wrapped('begun', f"{_when(s['begun'])} UTC" + ('' if s['finished'] else f", last seal {_when(s['sealed'])}"), width)
+    if kinds := _kinds(s['seals']): lines += _wrapped('sealed', f"{kinds}; {_size(s['bytes'])}", width)
+    if params := ', '.join(f'{k}={v!r}' for k, v in s['params'].items() if k not in ('run', 'store', 'step')): lines += _wrapped('params', params, width)
+    if s['report']:
+        lines += _wrapped('time', f"{s['report'].get('seconds', 0):g} s", width)
+        try: found = headline(s['report'])
+        except (KeyError, TypeError, AttributeError, ValueError): found = [('report', 'of another version of waystation; --json prints it')]
+        for what, value in found: lines += _wrapped(what, value, width)
+    return lines + _curve(s['metrics'], width)
+
+def _curve(metrics:list[dict[str,Any]], width:int, rows:int=8) -> list[str]: # What the checkpoints measured
+    "A few of the checkpoints, the first and the last among them; losses first, and as many columns as fit."
+    names = sorted({k for m in metrics for k in m if k != 'number'}, key=lambda k: ('loss' not in k, k))
+    if not names: return []
+    picked = sorted({round(i*(len(metrics) - 1)/(rows - 1)) for i in range(rows)})
+    columns = [['checkpoint', *(str(metrics[i]['number']) for i in picked)]]
+    for k in names:
+        column = [k, *(f'{metrics[i][k]:.5g}' if k in metrics[i] else '' for i in picked)]
+        if sum(max(map(len, c)) + 2 for c in [*columns, column]) > width: break
+        columns.append(column)
+    return ['  ' + '  '.join(c[i].rjust(max(map(len, c))) for c in columns).rstrip() for i in range(len(picked) + 1)]
+
+def _show(result:dict[str,Any], width:int) -> str: # Of `show_run` or `show_runs`, for a person
+    if 'runs' in result: return '\n'.join(_show_runs(result, width))
+    r, n = result, len(result['steps'])
+    lines = [f"{r['run']}: {n} step{'s'[:n > 1]}, {r['seals']:,} seals, {_size(r['bytes'])}, {_when(r['begun'])} to {_when(r['sealed'])} UTC"]
+    for s in r['steps']: lines += _show_step(s, width)
+    lines += _names('models', (f"{m['seal']}  {_size(m['bytes'])}, {_when(m['created'])}, by {m['step']}" for m in r['models']))
+    lines += _names('names', (f'{k} -> {v}' for k, v in r['refs'].items()))
+    return '\n'.join(lines + _names('damaged', r['damaged'].values()))
+
+# %% ../nbs/90_cli.ipynb #7381843a
 def _recipe(args:argparse.Namespace) -> dict[str,Any]:
     "`run` and `demo`."
     from waystation.page import write_page
@@ -242,10 +298,10 @@ def _recipe(args:argparse.Namespace) -> dict[str,Any]:
 
 def _look(args:argparse.Namespace) -> dict[str,Any]:
     "`show`."
-    from waystation.recipe import show_run, show_runs
+    from waystation.registry import show_run, show_runs
     from waystation.store import Store
     store = Store(args.store or settings()['store'])
-    return show_run(store, args.run) if args.run else dict(store=store.url, runs=show_runs(store))
+    return show_run(store, args.run) if args.run else show_runs(store)
 
 def _station(args:argparse.Namespace) -> dict[str,Any]:
     "One station, directly."
@@ -263,7 +319,7 @@ def _store(args:argparse.Namespace) -> dict[str,Any]:
 def _text(args:argparse.Namespace, result:dict[str,Any]) -> str:
     if args.verb == 'store': return result['text']
     if args.verb in ('run', 'demo'): return f"{table(result['steps'])}\n\nthe page: {result['page']}"
-    return _show(result) if args.verb == 'show' else table([result])
+    return _show(result, shutil.get_terminal_size((100, 24)).columns) if args.verb == 'show' else table([result])
 
 # %% ../nbs/90_cli.ipynb #ae0fa8cb
 @contextlib.contextmanager

@@ -4,8 +4,7 @@
 
 # %% auto #0
 __all__ = ['log', 'HOW', 'INPUTS', 'locate', 'identity', 'difference', 'Shards', 'read_report', 'Job', 'begin',
-           'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe', 'show_runs',
-           'show_run']
+           'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe']
 
 # %% ../nbs/09_recipe.ipynb #1427b44e
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
@@ -345,32 +344,3 @@ def _tidy(path:Path):
     for cell in nb['cells']:
         if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if o.get('name') != 'stderr']
     path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding='utf-8')
-
-# %% ../nbs/09_recipe.ipynb #7962bd69
-def show_runs(
-    store:Store, # Where to look
-) -> list[dict[str,Any]]: # One dictionary a run, with its steps and whether they are finished
-    "Every run of a store."
-    found:dict[str,dict[str,str]] = {}
-    for ref, seal in store.refs('runs').items():
-        _, run, step = ref.split('/')
-        found.setdefault(run, {})[step] = 'finished' if store.has(seal.rsplit('/', 1)[0] + '/report') else 'begun'
-    return [dict(run=r, steps=s) for r, s in found.items()]
-
-def show_run(
-    store:Store, # Where to look
-    run:str,     # Its name
-) -> dict[str,Any]:
-    "One run: for each step its attempt, parameters, seals by kind, report, and what names point at its results."
-    refs = store.refs(f'runs/{run}')
-    if not refs: raise Refused(f"no run {run!r} in store {store.url}; there are: {', '.join(r['run'] for r in show_runs(store)) or 'none'}")
-    steps = []
-    for ref, seal in refs.items():
-        base, begun = seal.rsplit('/', 1)[0], store.read(seal)
-        kinds = [n.removeprefix(base + '/').split('/')[0] for n in store.list(base)]
-        report = store.read(f'{base}/report').meta if 'report' in kinds else None
-        if report: report |= {key: f'store:{name}' for key, (name, _) in report['files'].items()}  # to look is not to fetch
-        steps.append(dict(step=ref.split('/')[-1], station=begun.meta['station'], attempt=int(base.split('/')[-1]), begun=begun.created,
-                          params=begun.meta['params'], seals={k: kinds.count(k) for k in dict.fromkeys(kinds)},
-                          report=report))
-    return dict(run=run, store=store.url, steps=sorted(steps, key=lambda s: s['begun']))

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #1ea52712
+# %% ../nbs/06_store.ipynb #4b8a67b1
 import base64, hashlib, json, logging, os, re, shutil, threading, time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+from .cache import by_content
 from .doctor import doctor
 from .place import Place, changed
 from .remotes import open_place
@@ -21,7 +22,7 @@ from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, desc
                              read_manifest, seal_key, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #2937ae50
+# %% ../nbs/06_store.ipynb #99c10659
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
@@ -120,8 +121,8 @@ class Store:
         name:str, # A seal or a ref
     ) -> Seal:
         "The manifest of a seal."
-        name = self.resolve(name)
-        return read_manifest(name, self.place.read(seal_key(name)))
+        name, tag = self._find(name)
+        return read_manifest(name, by_content(tag, lambda: self.place.read(seal_key(name))))
 
     def has(self,
         name:str, # A seal's own name, not a ref
@@ -266,16 +267,20 @@ class Store:
         "Remove seals that no rule keeps, and collect blobs; without a rule, only collect."
         return prune(self.place, prefix, **rules)
 
+    def _find(self, name:str) -> tuple[str,str]: # A seal that exists, and the tag of its manifest
+        check_name(name)
+        if last := self._last_ref(name): name = last[1]
+        tag = self.place.tag(seal_key(name))
+        if not tag and not self.has(name):
+            near = self.list(name.split('/')[0])[-5:] or self.list()[-5:]
+            raise Refused(f"no seal or ref {name!r} in store {self.url}; " + (f"there are: {', '.join(near)}" if near else "it is empty"))
+        return name, tag
+
     def resolve(self,
         name:str, # A seal or a ref
     ) -> str:     # A seal that exists
         "Follow a ref to its seal."
-        check_name(name)
-        if last := self._last_ref(name): name = last[1]
-        if not self.has(name):
-            near = self.list(name.split('/')[0])[-5:] or self.list()[-5:]
-            raise Refused(f"no seal or ref {name!r} in store {self.url}; " + (f"there are: {', '.join(near)}" if near else "it is empty"))
-        return name
+        return self._find(name)[0]
 
     def sync(self,
         other:'Store',   # The store to become equal with
