@@ -5,19 +5,20 @@
 # %% auto #0
 __all__ = ['Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #149a4aa3
-import base64, hashlib, json, os, re, shutil
+# %% ../nbs/06_store.ipynb #fa6793cd
+import base64, hashlib, json, os, re, shutil, time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from .place import Place, changed
 from .remotes import open_place
+from .retention import FRESH, Condemned, prune
 from .runtime import Refused
 from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, lost, new_manifest, plain,
                              read_manifest, seal_key)
 
-# %% ../nbs/06_store.ipynb #bb6bad81
+# %% ../nbs/06_store.ipynb #0b15abce
 Names = list[str]  # inside the class, `list` is a method
 class Store:
     "A durable place that shows complete, verified sets of files and nothing else."
@@ -26,6 +27,7 @@ class Store:
     ):
         self.place = url if isinstance(url, Place) else open_place(url)
         self.url = self.place.url
+        self._condemned = Condemned(self.place)
 
     def __repr__(self): return f"Store({self.url!r}, {len(self.place.keys('seals'))} seals)"
 
@@ -70,9 +72,14 @@ class Store:
         large = {f['sha256']: (found[rel], f['size']) for rel, f in files.items() if 'data' not in f}
         def store(item):
             digest, (path, size) = item
-            if not self.place.has(blob_key(digest), size, digest): self.place.put(blob_key(digest), path, digest)
-        self.place.each(store, large.items())
-        return files
+            if not self._condemned.holds(digest) and self.place.has(blob_key(digest), size, digest): return
+            self.place.put(blob_key(digest), path, digest)
+            self._condemned.stored(digest)
+        while True:  # once, unless that took so long that a prune may have condemned what was there at first
+            began = time.monotonic()
+            if large: self._condemned.look()
+            self.place.each(store, large.items())
+            if self._condemned.settle() and time.monotonic() - began < FRESH: return files
 
     def _commit(self, name:str, files:dict, meta:dict, fence:Callable[[],Any]|None) -> Seal|None: # None when the name was taken
         "Create the manifest: from here on the seal is there."
@@ -174,7 +181,9 @@ class Store:
         while True:
             last = self._last_ref(ref)
             if last and last[1] == name: return
-            if self.place.create(f'refs/{ref}/{last[0] + 1 if last else 1}.json', json.dumps(dict(name=name)).encode()): return
+            if self.place.create(f'refs/{ref}/{last[0] + 1 if last else 1}.json', json.dumps(dict(name=name)).encode()): break
+        if not self.has(name):  # a prune that looked at the refs a moment too early; it puts back what it sees to be named
+            raise Refused(f"seal {name!r} was removed by a prune just now, so {ref!r} names nothing; point it at another seal")
 
     def _last_ref(self, ref:str) -> tuple[int,str]|None:
         numbers = [int(m[1]) for k in self.place.keys(f'refs/{ref}') if (m := re.fullmatch(rf'refs/{re.escape(ref)}/(\d+)\.json', k))]
@@ -184,6 +193,13 @@ class Store:
         "The refs below `prefix`."
         names = sorted({k.removeprefix('refs/').rsplit('/', 1)[0] for k in self.place.keys(f'refs/{prefix}'.rstrip('/'))}, key=by_number)
         return {n: last[1] for n, last in zip(names, self.place.each(self._last_ref, names), strict=True) if last}
+
+    def prune(self,
+        prefix:str='',   # For example 'runs/banking/train/1/checkpoints'
+        **rules:Any,     # keep_last, keep_best with metric and best, keep_every; grace in seconds; dry_run
+    ) -> dict[str,Any]:  # What goes, what stays and why, and how many bytes return
+        "Remove seals that no rule keeps, and collect blobs; without a rule, only collect."
+        return prune(self.place, prefix, **rules)
 
     def resolve(self,
         name:str, # A seal or a ref

@@ -1,0 +1,345 @@
+"""Retention, against what breaks it: random rules on random stores, a crash at every call, writers that come in between, refs that move.
+
+`Memory` is a place with a clock that the test turns; everything else about it is what every place promises.
+"""
+
+import hashlib
+import os
+import random
+from pathlib import Path
+
+import pytest
+
+from waystation import retention
+from waystation.place import Entry, Folder, Place
+from waystation.remotes import Bucket
+from waystation.retention import Condemned, prune, retire
+from waystation.runtime import Refused
+from waystation.seal import SMALL, blob_key
+from waystation.store import Store
+
+DAY, PROVE = 86_400.0, os.environ.get("WAYSTATION_PROVE") == "1"
+SIZE = SMALL + 1000  # of a file that becomes a blob
+
+
+class Crash(BaseException):
+    "The process is gone; nothing catches it."
+
+
+class Memory(Place):
+    url, workers = "memory:", 1
+
+    def __init__(self, files=None):
+        self.files: dict[str, tuple[bytes, float]] = dict(files or {})
+        self.now = 1_000_000.0
+        self.calls = 0
+        self.die_at: int | None = None
+        self.before: dict = {}  # name of a method -> called once before it
+
+    def _call(self, name):
+        if hook := self.before.pop(name, None):
+            hook()
+        self.now += 0.001
+        self.calls += 1
+        if self.calls == self.die_at:
+            raise Crash
+
+    def create(self, key, data):
+        self._call("create")
+        if key in self.files:
+            return self.files[key][0] == data
+        self.files[key] = data, self.now
+        return True
+
+    def put(self, key, path, digest):
+        self._call("put")
+        data = Path(path).read_bytes()
+        assert hashlib.sha256(data).hexdigest() == digest
+        self.files[key] = data, self.now
+
+    def read(self, key):
+        self._call("read")
+        if key not in self.files:
+            raise FileNotFoundError(key)
+        return self.files[key][0]
+
+    def chunks(self, key, size):
+        return [self.read(key)]
+
+    def size(self, key):
+        self._call("size")
+        return len(self.files[key][0]) if key in self.files else None
+
+    def entries(self, prefix):
+        self._call("entries")
+        return [Entry(k, len(d), at) for k, (d, at) in self.files.items() if not prefix or k.startswith(prefix + "/")]
+
+    def delete(self, keys):
+        for key in keys:  # each is a request of its own, and may be the last
+            self._call("delete")
+            self.files.pop(key, None)
+
+    def later(self, seconds):
+        self.now += seconds
+
+
+@pytest.fixture
+def folder(tmp_path):
+    "Make a folder of files, each from a number: equal numbers, equal bytes."
+    count = iter(range(10**6))
+
+    def make(*numbers):
+        path = tmp_path / f"folder{next(count)}"
+        path.mkdir()
+        for i, n in enumerate(numbers):
+            (path / f"f{i}").write_bytes(random.Random(n).randbytes(SIZE))
+        return path
+
+    return make
+
+
+def age(place, seconds, *prefixes):
+    "Make what lies in a place older."
+    if isinstance(place, Memory):
+        place.files = {k: (d, at - seconds if k.startswith(prefixes) else at) for k, (d, at) in place.files.items()}
+        return
+    if isinstance(place, Folder):
+        for e in place.entries(""):
+            if e.key.startswith(prefixes):
+                os.utime(place.path(e.key), (e.modified - seconds, e.modified - seconds))
+        return
+    for path, f in place.fs.store.items():
+        if path.startswith(tuple(place.path(p) for p in prefixes)):
+            import datetime
+
+            f.created -= datetime.timedelta(seconds=seconds)
+
+
+def du(place):
+    return sum(e.size for e in place.entries(""))
+
+
+def whole(store):
+    return [w for n in store.list() for w in store.verify(n, read_data=True)]
+
+
+PLACES = {"clock": lambda t: Memory(), "folder": lambda t: Folder(t / "store"), "memory": lambda t: Bucket(f"memory://{t.name}-{random.random()}/x")}
+
+
+@pytest.mark.parametrize("kind", PLACES)
+@pytest.mark.parametrize("seed", range(40 if PROVE else 4))
+def test_random_stores(kind, seed, tmp_path, folder):
+    "Whatever the rules: every seal left is whole, what must stay is there, and exactly the bytes of the dry run return."
+    rng = random.Random(seed)
+    store = Store(PLACES[kind](tmp_path))
+    files = [folder(*rng.sample(range(8), rng.randint(1, 3))) for _ in range(6)]
+    prefix, loss = "runs/a/train/1/checkpoints", {}
+    for round in range(3):
+        for n in rng.sample(range(100), 5):
+            name = f"{prefix}/{round * 1000 + n}"
+            loss[name] = rng.random()
+            store.seal(rng.choice(files), name, {"eval_loss": loss[name]})
+        store.publish(rng.choice(files), "models/a")
+        store.refer("models/a/current", named := rng.choice(store.list(prefix)))
+        reported = rng.choice(store.list(prefix))
+        store.seal(None, f"runs/a/train/{round + 1}/report", {"files": {"adapter": [reported, "f0"]}})
+        store.seal(folder(2000 + round), "killed")  # what an upload leaves that was killed before its manifest
+        store.place.delete(["seals/killed.json"])
+        damaged = f"{prefix}/{round * 1000 + 990}"
+        if torn := rng.random() < 0.5:  # the newest and best lost a blob
+            newest = store.seal(folder(1000 + round), damaged, {"eval_loss": rng.choice([-1, 2])})
+            store.place.delete([blob_key(d) for d in newest.blobs])
+        names = store.list(prefix)
+        good = [n for n in names if n in loss]
+        last, top, every = rng.randint(0, 3), rng.randint(0, 2), rng.choice([0, 2, 7])
+        last, best = last or not (top or every), rng.choice(["min", "max"])
+        rules = {"keep_last": int(last), "keep_best": top, "best": best, "keep_every": every, "grace": 0}
+        age(store.place, 10, "blobs")
+        would, before = prune(store.place, prefix, **rules, dry_run=True), du(store.place)
+        did, left = store.prune(prefix, **rules), store.list(prefix)
+        assert set(names) - set(left) == set(would["goes"]) == set(did["goes"])
+        assert before - du(store.place) == would["bytes"] > 0
+        ranked = sorted(good, key=lambda n: loss[n], reverse=best == "max")
+        must = {named, reported, good[-1], *good[len(good) - last :], *ranked[:top], *(n for n in good if every and int(n.split("/")[-1]) % every == 0)}
+        assert set(left) - {damaged} == must
+        assert all(damaged in w for w in whole(store)) and bool(whole(store)) == torn
+        assert {k.split("/")[0] for k in store.place.keys("")} <= {"seals", "blobs", "refs"}
+        store.place.delete([f"seals/{damaged}.json"])
+    assert store.list("models") == ["models/a/v1", "models/a/v2", "models/a/v3"]
+
+
+def test_best_in_both_directions(folder):
+    for best, kept in ("min", 2), ("max", 3):
+        store = Store(Memory())
+        for n, loss in (1, 0.5), (2, 0.1), (3, 0.9), (4, 0.5), (5, 0.3):
+            store.seal(folder(n), f"c/{n}", {"eval": {"loss": loss}})
+        assert retire(store, "c", keep_best=1, metric="eval.loss", best=best) == [f"c/{n}" for n in (1, 2, 3, 4) if n != kept]
+        assert store.list("c") == [f"c/{kept}", "c/5"]
+    with pytest.raises(Refused, match="metric='acc' is in the meta of none"):
+        prune(store.place, "c", keep_best=1, metric="acc")
+    assert retire(store, "c", keep_best=1, metric="acc") == []
+    with pytest.raises(Refused, match="no direction"):
+        retire(store, "c", keep_best=1, best="up")
+    with pytest.raises(Refused, match="holds shards"):
+        prune(store.place, "runs/a/embed/1/shards", keep_last=1)
+
+
+def stay(place, times=3):
+    "Let days pass, with a prune on each."
+    for _ in range(times):
+        place.later(3 * DAY)
+        prune(place, "c", keep_last=2)
+    return {k for k in place.files}
+
+
+def test_a_crash_at_every_call_leaves_everything_readable(folder):
+    "Every call that a prune makes is the last one once; then all is whole, and running it again ends where the first would have."
+    start = Store(Memory())
+    for n in range(1, 7):
+        start.seal(folder(0, n), f"c/{n}", {"eval_loss": n})
+    start.refer("models/x/current", "c/2")
+    start.place.later(DAY)
+    prune(start.place, "c", keep_last=4)  # leaves a note, whose time is up in the next prune
+    start.seal(folder(77), "x")
+    start.place.delete(["seals/x.json"])
+    start.place.later(2 * DAY)
+
+    def copy():
+        place = Memory(start.place.files)
+        place.now = start.place.now
+        return place
+
+    done = copy()
+    prune(done, "c", keep_last=2)
+    calls, end = done.calls, stay(done)
+    assert calls > 30 and len([k for k in end if k.startswith("blobs/")]) == 4
+    for die_at in range(1, calls + 1):
+        place = copy()
+        place.die_at = die_at
+        with pytest.raises(Crash):
+            prune(place, "c", keep_last=2)
+        place.die_at = None
+        store = Store(place)
+        assert whole(store) == [] and {"c/2", "c/5", "c/6"} <= set(store.list()), die_at
+        prune(place, "c", keep_last=2)
+        assert whole(store) == [] and store.list() == ["c/2", "c/5", "c/6"], die_at
+        assert stay(place) == end, die_at
+
+
+@pytest.mark.parametrize("hold", [0, 0.5, 1.9])
+def test_a_writer_that_deduplicates_at_any_moment_of_a_prune(folder, hold):
+    """A writer has seen a blob and commits up to two hours later; the prune that condemns, or the one that deletes, comes at any moment of it.
+
+    With the default grace its seal is whole each time; with no grace some are torn, which shows that this test can find it.
+    """
+    for grace, safe in (retention.GRACE, True), (0.0, False):
+        torn = 0
+        for at in range(1, 40):
+            for expired in (False, True):
+                store = Store(Memory())
+                place = store.place
+                store.seal(folder(1), "c/1")
+                place.delete(["seals/c/1.json"])
+                place.later(2 * DAY)
+                if expired:  # the prune that races is the one that deletes
+                    prune(place, grace=retention.GRACE)
+                    place.later(2 * DAY)
+                writer, work, commit = Store(place), folder(1), []
+
+                def upload(writer=writer, work=work, commit=commit):
+                    commit.append(writer._upload(work))
+
+                calls, original = place.calls, place._call
+
+                def step(name, place=place, calls=calls, original=original, upload=upload, commit=commit, at=at):
+                    if place.calls == calls + at and not commit:
+                        commit.append(None)
+                        commit.clear()
+                        place._call = original
+                        upload()
+                        place.later(hold * 3600)
+                    original(name)
+
+                place._call = step
+                retention.LOOK, look = 0.01, retention.LOOK
+                try:
+                    try:
+                        prune(place, grace=grace)
+                    except Refused:
+                        torn += 1
+                        continue
+                    finally:
+                        retention.LOOK = look
+                    place._call = original
+                    if not commit:
+                        break
+                    writer._commit("c/2", commit[0], {}, None)
+                finally:
+                    retention.LOOK = look
+                torn += bool(writer.verify("c/2"))
+                place.later(hold * 3600)
+                for _ in range(3):
+                    prune(place)
+                    place.later(2 * DAY)
+                assert not safe or writer.verify("c/2") == []
+        assert (torn == 0) == safe, (torn, grace)
+
+
+def test_a_ref_that_comes_while_its_seal_goes(folder):
+    "Either the ref is refused, or the seal is put back: never does a ref name nothing."
+    for at in range(1, 60):
+        store = Store(Memory())
+        for n in 1, 2:
+            store.seal(folder(n), f"c/{n}")
+        place, refused, original = store.place, [], store.place._call
+
+        def step(name, place=place, start=store.place.calls, original=original, refused=refused, at=at, store=store):
+            if place.calls == start + at:
+                place._call = original
+                try:
+                    store.refer("keep", "c/1")
+                except Refused:
+                    refused.append(True)
+            original(name)
+
+        place._call = step
+        prune(place, "c", keep_last=1)
+        if place._call == step:
+            assert at > 15  # the prune has had fewer calls
+            break
+        assert store.has("c/1") or refused, at
+
+
+def test_a_damaged_manifest_stops_collection(folder):
+    store = Store(Folder(folder() / "store"))
+    for n in 1, 2, 3:
+        store.seal(folder(n), f"c/{n}")
+    path = store.place.path("seals/c/1.json")
+    path.write_bytes(path.read_bytes().replace(b'"size"', b'"siza"'))
+    before = store.place.keys("blobs")
+    with pytest.raises(Refused, match=r"'c/1'.*damaged manifest, so nobody knows which blobs"):
+        prune(store.place, "c", keep_last=1, grace=0)
+    assert store.place.keys("blobs") == before and store.list("c") == ["c/1", "c/2", "c/3"]
+    assert retire(store, "c", keep_last=1) == ["c/2"]  # what retire removes are manifests that it has read
+    note = store.place.path("condemned/1.json")
+    note.parent.mkdir()
+    note.write_bytes(b"{")
+    path.unlink()
+    with pytest.raises(Refused, match=r"condemned/1.json .* is damaged"):
+        prune(store.place)
+
+
+def test_what_is_condemned_is_stored_again_and_found_out_with_one_list(folder):
+    store = Store(Memory())
+    work = folder(1, 2)
+    store.seal(work, "c/1")
+    store.place.delete(["seals/c/1.json"])
+    store.place.later(DAY)
+    assert prune(store.place)["condemned"] == 2
+    asked = []
+    store.place._call = asked.append
+    other = Store(store.place)
+    other.seal(work, "c/2")
+    other.seal(work, "c/3")
+    assert asked.count("put") == 2 and asked.count("entries") == 3, asked  # two for refs of that name, one for the condemned
+    assert not Condemned(store.place)._in
