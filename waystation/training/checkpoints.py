@@ -6,7 +6,7 @@
 __all__ = ['log', 'WEIGHTS', 'STATE', 'NEVER', 'ONLY_FULL', 'TORCH', 'PICKLES', 'missing', 'SealCallback', 'harmless',
            'latest_good']
 
-# %% ../../nbs/training/13_checkpoints.ipynb #f6601302
+# %% ../../nbs/training/13_checkpoints.ipynb #1fe84381
 import json, logging, math, pickle, shutil, signal, threading, time
 from collections.abc import Callable
 from importlib.metadata import version
@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from fastcore.basics import patch
 from transformers import TrainerCallback
 from transformers.trainer_pt_utils import safe_globals
 
@@ -40,7 +39,7 @@ def missing(
     there = {f.name for f in Path(folder).iterdir()}
     return ([] if there & set(WEIGHTS) else [' or '.join(WEIGHTS)]) + [n for n in STATE if what == 'full' and n not in there]
 
-# %% ../../nbs/training/13_checkpoints.ipynb #88cc92d1
+# %% ../../nbs/training/13_checkpoints.ipynb #042c26a5
 class SealCallback(TrainerCallback):
     "Seals the checkpoints of a transformers Trainer in the background."
     def __init__(self,
@@ -70,6 +69,7 @@ class SealCallback(TrainerCallback):
         self.sealer = Sealer(self.store, fence, seal)
         self.asked_to_stop, self.last_step, self.sealed_at = False, -1, time.time()
         self.saving_s, self._save_began, self._began, self._before = 0., 0., time.time(), 0.
+        self._scored = False
         self._restore:Callable[[],Any] = lambda: None
 
     def on_train_begin(self, args, state, control, **kw):
@@ -117,49 +117,46 @@ class SealCallback(TrainerCallback):
             self.close()
             raise Interrupted(f'asked to stop; sealed at step {step}, and the same command goes on from there')
 
+    def seal(self, folder:Path, step:int, meta:dict) -> float: # Seconds that the training was kept
+        "Hand a checkpoint to the background; one that is not whole is refused."
+        if lacks := missing(folder, self.what):
+            raise Refused(f"the checkpoint of step {step} lacks {', '.join(lacks)}; nothing of it was sealed. A full checkpoint has them all: look at what "
+                          "the trainer saves" + ("" if self.what == 'adapter' else ", or pass what='adapter' for weights alone, which offer no exact resume"))
+        self._scored = self._scored or self.metric in meta
+        took = self.sealer.submit(folder, f'{self.prefix}/{step}', meta, skip=NEVER if self.what == 'full' else (*NEVER, *ONLY_FULL),
+                                  move=not self.keep_local, after=self._retire if self.keep_last or self.keep_best else None)
+        self.last_step, self.sealed_at = step, time.time()
+        return took
+
+    def facts(self, args:Any, state:Any, model:Any=None) -> dict[str,Any]:
+        "What is known of a checkpoint: it rides in its manifest."
+        logs = state.log_history
+        def last(key): return next((x[key] for x in reversed(logs) if key in x), None)
+        evals = next(({k: v for k, v in x.items() if k.startswith('eval_')} for x in reversed(logs) if any(k.startswith('eval_') for k in x)), {})
+        kind = 'bfloat16' if args.bf16 else 'float16' if args.fp16 else str(getattr(model, 'dtype', '')).removeprefix('torch.')
+        device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else devices()[-1].name
+        found = dict(what=self.what, step=state.global_step, epoch=state.epoch, loss=last('loss'), learning_rate=last('learning_rate'), **evals, device=device,
+                     precision=kind, seconds=round(self._before + time.time() - self._began, 1),
+                     versions={k: version(k) for k in ('waystation', 'torch', 'transformers')})
+        return {k: v for k, v in found.items() if not (isinstance(v, float) and not math.isfinite(v))} | self.about  # NaN is no JSON
+
+    def _retire(self) -> None:
+        "The newest is durable now, so older ones may go."
+        from waystation.retention import retire
+        if self.keep_best and not self._scored: return  # nothing was evaluated yet, so nobody can tell which is best
+        gone = retire(self.store.place, self.prefix, keep_last=self.keep_last, keep_best=self.keep_best, metric=self.metric, best=self.best)
+        if gone: log.info('retired %s', ', '.join(gone))
+
+    def close(self) -> None:
+        "Wait for the last seals, and put the signal's old handler back."
+        try: self.sealer.drain(progress=self.progress)
+        finally: self._restore()
+
     def on_train_end(self, args, state, control, **kw): self.close()
     def __enter__(self) -> 'SealCallback': return self
     def __exit__(self, kind, error, trace):
         self._restore()
         self.sealer.__exit__(kind, error, trace)
-
-# %% ../../nbs/training/13_checkpoints.ipynb #0c879e6b
-@patch
-def seal(self:SealCallback, folder:Path, step:int, meta:dict) -> float: # Seconds that the training was kept
-    "Hand a checkpoint to the background; one that is not whole is refused."
-    if lacks := missing(folder, self.what):
-        raise Refused(f"the checkpoint of step {step} lacks {', '.join(lacks)}; nothing of it was sealed. A full checkpoint has them all: look at what "
-                      "the trainer saves" + ("" if self.what == 'adapter' else ", or pass what='adapter' for weights alone, which offer no exact resume"))
-    took = self.sealer.submit(folder, f'{self.prefix}/{step}', meta, skip=NEVER if self.what == 'full' else (*NEVER, *ONLY_FULL),
-                              move=not self.keep_local, after=self._retire if self.keep_last or self.keep_best else None)
-    self.last_step, self.sealed_at = step, time.time()
-    return took
-
-@patch
-def facts(self:SealCallback, args:Any, state:Any, model:Any=None) -> dict[str,Any]:
-    "What is known of a checkpoint: it rides in its manifest."
-    logs = state.log_history
-    def last(key): return next((x[key] for x in reversed(logs) if key in x), None)
-    evals = next(({k: v for k, v in x.items() if k.startswith('eval_')} for x in reversed(logs) if any(k.startswith('eval_') for k in x)), {})
-    kind = 'bfloat16' if args.bf16 else 'float16' if args.fp16 else str(getattr(model, 'dtype', '')).removeprefix('torch.')
-    device = torch.cuda.get_device_name(0) if torch.cuda.is_available() else devices()[-1].name
-    found = dict(what=self.what, step=state.global_step, epoch=state.epoch, loss=last('loss'), learning_rate=last('learning_rate'), **evals, device=device,
-                 precision=kind, seconds=round(self._before + time.time() - self._began, 1),
-                 versions={k: version(k) for k in ('waystation', 'torch', 'transformers')})
-    return {k: v for k, v in found.items() if not (isinstance(v, float) and not math.isfinite(v))} | self.about  # NaN is no JSON
-
-@patch
-def _retire(self:SealCallback) -> None:
-    "The newest is durable now, so older ones may go."
-    from waystation.retention import retire
-    gone = retire(self.store.place, self.prefix, keep_last=self.keep_last, keep_best=self.keep_best, metric=self.metric, best=self.best)
-    if gone: log.info('retired %s', ', '.join(gone))
-
-@patch
-def close(self:SealCallback) -> None:
-    "Wait for the last seals, and put the signal's old handler back."
-    try: self.sealer.drain(progress=self.progress)
-    finally: self._restore()
 
 # %% ../../nbs/training/13_checkpoints.ipynb #0b6e8eb5
 PICKLES = ('.bin', '.pt', '.pth', '.pkl', '.pickle', '.ckpt', '.joblib', '.npy', '.npz')
