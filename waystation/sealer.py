@@ -16,7 +16,7 @@ from .runtime import Interrupted, Refused, cache, is_alive, process
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_sealer.ipynb #e09f7393
+# %% ../nbs/09_sealer.ipynb #20bcb278
 def _staging() -> Path:
     "A folder of this process for copies; what dead processes left beside it is removed."
     above = cache()/'staging'
@@ -38,10 +38,11 @@ def stage(
     folder, patterns = Path(folder), list(skip)
     def left(_, names): return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
     try:
-        if move and folder.stat().st_dev == to.parent.stat().st_dev:
-            os.rename(folder, to)
-            for f in [f for f in to.rglob('*') if f.is_file() and left(None, [f.name])]: f.unlink()
-            return
+        if move:
+            with contextlib.suppress(OSError):  # another file system: copied below
+                os.rename(folder, to)
+                for f in [f for f in to.rglob('*') if f.is_file() and left(None, [f.name])]: f.unlink()
+                return
         need, free = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()), shutil.disk_usage(to.parent).free
         if need > free: raise OSError(errno.ENOSPC, f'{need/1e6:.0f} MB are needed and {free/1e6:.0f} free')
         shutil.copytree(folder, to, ignore=left)
