@@ -39,7 +39,7 @@ def missing(
     there = {f.name for f in Path(folder).iterdir()}
     return ([] if there & set(WEIGHTS) else [' or '.join(WEIGHTS)]) + [n for n in STATE if what == 'full' and n not in there]
 
-# %% ../../nbs/training/13_checkpoints.ipynb #5f48c09d
+# %% ../../nbs/training/13_checkpoints.ipynb #936ca6c9
 class SealCallback(TrainerCallback):
     "Seals the checkpoints of a transformers Trainer in the background."
     def __init__(self,
@@ -148,7 +148,7 @@ class SealCallback(TrainerCallback):
     def _commit(self, folder:Path|None, name:str, meta:dict) -> None:
         "Seal; a damaged seal of the same step, which the resume has passed over, makes room for the whole one."
         if name in self._passed and (wrong := broken(self.store, name)):
-            log.warning('step %s is sealed anew, because %s', meta['step'], wrong)
+            log.warning('%s is sealed anew, because %s', name, wrong)
             if self.fence: self.fence()
             self.store.place.delete([seal_key(name)])
         self._seal(folder, name, meta)
