@@ -5,18 +5,18 @@
 # %% auto #0
 __all__ = ['log', 'stage', 'Sealer']
 
-# %% ../nbs/09_sealer.ipynb #1fc32bd7
+# %% ../nbs/09_sealer.ipynb #8f794719
 import contextlib, errno, fnmatch, logging, os, shutil, tempfile, threading, time
 from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from .monitor import progress
+from . import monitor
 from .runtime import Interrupted, Refused, cache, is_alive, process
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_sealer.ipynb #e09f7393
+# %% ../nbs/09_sealer.ipynb #20bcb278
 def _staging() -> Path:
     "A folder of this process for copies; what dead processes left beside it is removed."
     above = cache()/'staging'
@@ -38,10 +38,11 @@ def stage(
     folder, patterns = Path(folder), list(skip)
     def left(_, names): return [n for n in names if any(fnmatch.fnmatch(n, p) for p in patterns)]
     try:
-        if move and folder.stat().st_dev == to.parent.stat().st_dev:
-            os.rename(folder, to)
-            for f in [f for f in to.rglob('*') if f.is_file() and left(None, [f.name])]: f.unlink()
-            return
+        if move:
+            with contextlib.suppress(OSError):  # another file system: copied below
+                os.rename(folder, to)
+                for f in [f for f in to.rglob('*') if f.is_file() and left(None, [f.name])]: f.unlink()
+                return
         need, free = sum(f.stat().st_size for f in folder.rglob('*') if f.is_file()), shutil.disk_usage(to.parent).free
         if need > free: raise OSError(errno.ENOSPC, f'{need/1e6:.0f} MB are needed and {free/1e6:.0f} free')
         shutil.copytree(folder, to, ignore=left)
@@ -53,7 +54,7 @@ def stage(
         raise Refused(f"no room to stage {folder} in {to.parent} ({getattr(e, 'strerror', None) or 'the disk is full'}): a checkpoint is copied there "
                       "before it is sealed; make room, or set WAYSTATION_CACHE to another disk. What is sealed stays") from e
 
-# %% ../nbs/09_sealer.ipynb #cd46f73f
+# %% ../nbs/09_sealer.ipynb #59a07216
 class Sealer:
     "Seals folders in the background, in the order in which they came."
     def __init__(self,
@@ -135,11 +136,11 @@ class Sealer:
         if self._error is not None: raise self._error
 
     def drain(self,
-        show:bool=False, # With a bar
+        progress:bool=False, # With a bar
     ) -> None:
         "Wait until everything is committed. A SIGTERM meanwhile is heard, and obeyed afterwards."
         began, stop, total = time.time(), None, self.pending
-        bar = progress(total, 'sealing', unit='seal') if show and total else None
+        bar = monitor.progress(total, 'sealing', unit='seal') if progress and total else None
         while self.pending:
             try:
                 time.sleep(0.01)

@@ -10,7 +10,7 @@ from typing import Any
 
 from ..recipe import begin
 
-# %% ../../nbs/stations/2_train.ipynb #391a5de8
+# %% ../../nbs/stations/2_train.ipynb #f555788c
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -37,6 +37,8 @@ def train(
     eval_steps:int=0,      # Held-out loss every so many steps; 0 only before and after
     seal_steps:int=10,     # Seal a checkpoint every so many steps; 0 by time alone
     seal_minutes:float=30.,# Seal a checkpoint at the latest after so many minutes
+    keep_last:int=0,       # Keep so many of the newest checkpoints; 0 for all
+    keep_best:int=0,       # And so many of the best by held-out loss
     eval_rows:int=0,       # Examine on so many held-out rows; 0 for all
 ) -> dict[str,Any]:        # The report: loss, metrics, samples, adapter
     "Fine-tune a language model, and measure it on held-out rows before and after."
