@@ -1,7 +1,7 @@
 # make demo   the whole journey on packaged real data      make test   every check
 # Both set themselves up. PYTHON=python3.12 chooses the interpreter; tools/env.sh says what else can be chosen.
 .DEFAULT_GOAL := help
-.PHONY: help env demo test check build site test-colab bench clean
+.PHONY: help env demo test check prove bench build site test-colab clean
 BIN := .venv/bin
 
 help:
@@ -22,6 +22,10 @@ check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that
 	$(BIN)/ruff check
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow"
+
+prove: env ## the store's promises in full length: kills, faults, races; its figures go to nbs/guides/prove.json
+	WAYSTATION_PROVE=1 $(BIN)/pytest tests/test_store_kill.py tests/test_store_faults.py tests/test_store_hostile.py
+	cp runs/prove.json nbs/guides/prove.json
 
 build: env ## lit/ (edit here) -> nbs/ and waystation/ and README.md
 	$(BIN)/python tools/literate.py build

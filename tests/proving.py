@@ -1,7 +1,7 @@
 """What the proofs share: how long they run, the places they run on, and the file that their figures go to.
 
 `pytest` runs them in seconds; `make prove` sets WAYSTATION_PROVE=1, which runs them in the size that the documentation speaks of
-and writes runs/prove.json. tools/prove.py takes that into the guide.
+and writes runs/prove.json, which it then copies to where the documentation reads it.
 """
 
 import contextlib

@@ -1,8 +1,10 @@
 """The store's promise when the place, the network, the disk, the clock or the files fail it; tests/crashing.py and tests/proxy.py do the failing."""
 
 import contextlib
+import errno
 import http.server
 import itertools
+import json
 import os
 import shutil
 import threading
@@ -16,7 +18,7 @@ from crashing import everywhere
 from proving import PROVE, SERVERS, Clock, note, serving, size
 from proxy import proxy
 
-from waystation.place import Patience
+from waystation.place import Folder, Patience
 from waystation.remotes import open_place
 from waystation.runtime import Interrupted, Refused
 from waystation.seal import hash_file
@@ -247,3 +249,114 @@ def test_a_bucket_that_does_not_exist_is_named_at_once(kind, work, server, tmp_p
         with pytest.raises(Refused, match="bucket does not exist"):
             Store(url.replace("://waystation/", "://nowhere/")).seal(work, "models/a/v1")
     assert clock.seconds < 10
+
+
+# -- disks, files and clocks that fail
+
+
+@pytest.mark.parametrize("kind", ["file", "gs", "s3"])
+@pytest.mark.parametrize("how", ["changed", "truncated", "deleted"])
+@pytest.mark.parametrize("megabytes", [0.1, 9])
+def test_a_file_that_does_not_stand_still_is_not_sealed(kind, how, megabytes, server, tmp_path, monkeypatch):
+    "Between its hash and its upload: in one request and in parts."
+    import waystation.store as module
+
+    (tmp_path / "moving").mkdir()
+    file, describe = tmp_path / "moving/a", module.describe
+    file.write_bytes(os.urandom(int(megabytes * 1e6)))
+
+    def then_change(path):
+        found = describe(path)
+        if how == "changed":
+            with open(path, "r+b") as f:
+                f.seek(-1, 2)
+                f.write(b"?!")
+        elif how == "truncated":
+            os.truncate(path, found["size"] - 1000)
+        else:
+            path.unlink()
+        return found
+
+    with serving(kind, server, tmp_path) as (url, _):
+        store = Store(url)
+        with monkeypatch.context() as m:
+            m.setattr(module, "describe", then_change)
+            with pytest.raises(Refused, match="changed while it was being sealed"):
+                store.seal(tmp_path / "moving", "models/a/v1")
+        assert store.list() == [] and store.place.keys("blobs") == []
+
+
+class Full(Folder):
+    "A folder over its quota, or one whose permissions were taken away in the middle."
+
+    error = errno.EDQUOT
+
+    def put(self, key, path, digest):
+        with self._temporary():
+            raise OSError(self.error, os.strerror(self.error))
+
+
+@pytest.mark.parametrize("error, match", [(errno.EDQUOT, "is full"), (errno.ENOSPC, "is full"), (errno.EACCES, "does not permit")])
+def test_quota_and_permission_lost_in_the_middle(error, match, work, tmp_path):
+    place = Full(tmp_path / "store")
+    place.error = error
+    Store(place).seal(None, "models/a/v1", {})
+    with pytest.raises(Refused, match=match):
+        Store(place).seal(work, "models/a/v2")
+    assert Store(place).list() == ["models/a/v1"] and not list((tmp_path / "store/.tmp").iterdir())
+
+
+@pytest.mark.parametrize("days", [-1, 1])
+def test_a_clock_that_jumps_changes_nothing(days, work, tmp_path, monkeypatch):
+    store, now = Store(tmp_path / "store"), time.time
+    store.seal(work, "models/a/v1")
+    store.refer("models/a/current", "models/a/v1")
+    monkeypatch.setattr(time, "time", lambda: now() + days * 86_400)
+    store.seal(work, "models/a/v2")
+    store.refer("models/a/current", "models/a/v2")
+    assert store.resolve("models/a/current") == "models/a/v2" and store.publish(work, "models/a").name == "models/a/v3"
+    assert [w for n in store.list() for w in store.verify(n, read_data=True)] == []
+
+
+# -- secrets
+
+
+def test_no_secret_is_written_anywhere(work, tmp_path, monkeypatch, caplog):
+    "Planted in the environment, the URL, an exception, the words of a seal and an executed notebook; searched for in all that was written."
+    from waystation.place import explain
+    from waystation.recipe import _tidy
+
+    secret = 'planted-"quoted\\-5ecret'
+    monkeypatch.setenv("HF_TOKEN", secret)
+    url = "https://ann:pa55word@host/x?X-Amz-Signature=ab12cd34"
+    store = Store(tmp_path / "written/store")
+    with pytest.raises(Refused) as refused:
+        open_place(f"s3://AKIA:{secret}@bucket/x")
+    told = explain(ConnectionResetError(104, f"GET {url} with {secret}"), "gs://x")
+    meta = {"said": f"token {secret}", "deep": [{"url": url}], "a": "http://host:80", "z": "me@x", secret: 1}
+    seal = store.seal(work, "models/a/v1", meta)
+    assert seal.meta["a"] == "http://host:80" and seal.meta["z"] == "me@x"  # nothing else went with them
+    notebook = tmp_path / "written/executed.ipynb"
+    notebook.write_text(json.dumps({"cells": [{"source": [f"login({secret!r})"], "outputs": [
+        {"name": "stdout", "text": [secret]}, {"output_type": "error", "evalue": url, "traceback": [url, secret]}]}]}))
+    _tidy(notebook, failed=True)
+    written = "".join(p.read_text(errors="replace") for p in (tmp_path / "written").rglob("*") if p.is_file())
+    written += str(refused.value) + str(told) + caplog.text
+    for hidden in (secret, json.dumps(secret)[1:-1], "pa55word", "ab12cd34"):
+        assert hidden not in written
+
+
+# -- names and sizes
+
+
+def test_names_and_empty_files_come_back(tmp_path):
+    names = ["with space", "größe.三", "x" * 200, ".hidden", "sub/.also/deep", "-dash", "%41", "a?b*c", "quote'\""]
+    for n in names:
+        (tmp_path / "work" / n).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / "work" / n).write_bytes(b"" if n.startswith("x") else n.encode() * 20_000)
+    (tmp_path / "work/nothing").mkdir()
+    store = Store(tmp_path / "store")
+    store.seal(tmp_path / "work", "data/a")
+    out = store.fetch("data/a", tmp_path / "out")
+    assert contents(out) == contents(tmp_path / "work")
+    assert not (out / "nothing").exists()  # a seal holds files; an empty folder is none

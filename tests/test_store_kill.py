@@ -139,3 +139,39 @@ def test_kill_at_a_random_moment(kind, server, tmp_path):
     print(figures)
     note("kill -9 at a random moment", kind, **figures)
     assert again and len(hits) >= 2, f"the kills fell into {dict(hits)}: they prove little"
+
+
+RACER = """
+import sys
+from waystation.store import Store
+
+store = Store(sys.argv[1])
+print("ready", flush=True)
+for line in sys.stdin:
+    print(store.publish(None, line.strip(), {"who": int(sys.argv[2])}).name, flush=True)
+"""
+
+
+@pytest.mark.parametrize("kind", ["file", "gs", "s3"])
+def test_eight_processes_race_for_one_version_name(kind, server, tmp_path):
+    "One winner a number: no gap, no number given twice, and everybody is told the number that is really theirs."
+    rounds = size(2, 25)
+    with serving(kind, server, tmp_path) as (url, env), Clock() as clock:
+        racers = [subprocess.Popen([sys.executable, "-c", RACER, url, str(who)], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=env)
+                  for who in range(8)]
+        try:
+            assert [r.stdout.readline() for r in racers] == ["ready\n"] * 8
+            for round in range(rounds):
+                for r in racers:
+                    r.stdin.write(f"models/m{round}\n")
+                    r.stdin.flush()
+                got = [r.stdout.readline().strip() for r in racers]
+                assert sorted(got) == [f"models/m{round}/v{n}" for n in range(1, 9)]
+                assert [Store(url).read(name).meta["who"] for name in got] == list(range(8))
+        finally:
+            for r in racers:
+                r.stdin.close()
+                r.stdout.close()
+                r.kill()
+                r.wait()
+    note("eight processes race for a version", kind, rounds=rounds, published=8 * rounds, twice=0, gaps=0, seconds=clock.seconds)

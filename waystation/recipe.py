@@ -6,7 +6,7 @@
 __all__ = ['log', 'HOW', 'INPUTS', 'locate', 'identity', 'difference', 'Shards', 'read_report', 'Job', 'begin',
            'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe']
 
-# %% ../nbs/09_recipe.ipynb #1427b44e
+# %% ../nbs/09_recipe.ipynb #2054bfe9
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,7 +18,7 @@ import yaml
 from .assets import Located, local_copy, resolve
 from .runtime import Interrupted, Refused, cache, host_memory, packaged, settings
 from .lease import Lease
-from .seal import check_name
+from .seal import check_name, plain
 from .store import Names, Store
 
 log = logging.getLogger('waystation')
@@ -311,7 +311,7 @@ def _finished(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]|N
     with begin(station, params) as job:
         return job.report if job.report and job.latest('notebooks') else None
 
-# %% ../nbs/09_recipe.ipynb #058ede62
+# %% ../nbs/09_recipe.ipynb #af975aff
 def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: # The step's report
     "Run a station's notebook through papermill and seal what it looked like."
     import papermill
@@ -328,6 +328,7 @@ def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: #
             if e.ename == 'OSError' and re.match(r'\[Errno (28|122)\]', e.evalue or ''):
                 raise Refused(f"step {params['step']} found no space left ({e.evalue}): make room, or set "
                               "WAYSTATION_CACHE to another disk; what is sealed stays") from None
+            _tidy(out, failed=True)
             kept = Path(shutil.copy(out, cache()/f"failed-{params['run']}-{params['step']}.ipynb"))
             raise RuntimeError(f"step {params['step']} failed with {e.ename}: {e.evalue}\nthe notebook as it stopped: {kept}") from e
         except DeadKernelError as e:
@@ -338,9 +339,9 @@ def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: #
         store.seal(tmp, f'{base}/notebooks/{number}')
     return read_report(store, base) or {}
 
-def _tidy(path:Path):
-    "Drop progress bars from an executed notebook: thousands of lines that nobody reads afterwards."
-    nb = json.loads(path.read_text(encoding='utf-8'))
+def _tidy(path:Path, failed:bool=False):
+    "Take secrets out of an executed notebook, and progress bars: thousands of lines that nobody reads unless it failed."
+    nb = plain(json.loads(path.read_text(encoding='utf-8')))
     for cell in nb['cells']:
-        if 'outputs' in cell: cell['outputs'] = [o for o in cell['outputs'] if o.get('name') != 'stderr']
+        if 'outputs' in cell and not failed: cell['outputs'] = [o for o in cell['outputs'] if o.get('name') != 'stderr']
     path.write_text(json.dumps(nb, ensure_ascii=False, indent=1), encoding='utf-8')

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #4b8a67b1
+# %% ../nbs/06_store.ipynb #088ed33c
 import base64, hashlib, json, logging, os, re, shutil, threading, time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -18,11 +18,11 @@ from .place import Place, changed
 from .remotes import open_place
 from .retention import FRESH, Condemned, prune
 from .runtime import Refused
-from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, lost, new_manifest, plain,
-                             read_manifest, seal_key, verified_key)
+from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, is_name, lost, new_manifest, plain,
+                             read_manifest, read_ref, seal_key, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #99c10659
+# %% ../nbs/06_store.ipynb #18c37870
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
@@ -135,7 +135,8 @@ class Store:
     ) -> Names:        # Sorted, numbers as integers
         "Names of committed seals."
         keys = self.place.keys(f'seals/{prefix}'.rstrip('/'))
-        return sorted((k.removeprefix('seals/').removesuffix('.json') for k in keys if k.endswith('.json')), key=by_number)
+        names = (k.removeprefix('seals/').removesuffix('.json') for k in keys if k.endswith('.json'))
+        return sorted(filter(is_name, names), key=by_number)  # a name that we would not have given is not ours
 
     def latest(self,
         prefix:str, # For example 'runs/banking/train/1/checkpoints'
@@ -163,8 +164,10 @@ class Store:
         if 'data' not in entry and (there := self.place.size(blob_key(entry['sha256']))) != size:
             raise Refused(lost(seal.name, rel, 'is missing' if there is None else f'has {there} bytes instead of {size}'))
         target.parent.mkdir(parents=True, exist_ok=True)
-        part, h = target.with_name(target.name[:200] + '.part'), hashlib.sha256()
-        with open(part, 'wb') as dst:
+        # A name that no file of the seal has. Created anew: whatever lies there, a link out of `to` perhaps, is not written through.
+        part, h = target.with_name(f'.{hashlib.sha256(rel.encode()).hexdigest()[:16]}.part'), hashlib.sha256()
+        part.unlink(missing_ok=True)
+        with open(part, 'xb') as dst:
             for chunk in self._chunks(entry):
                 h.update(chunk); dst.write(chunk)
         if h.hexdigest() != entry['sha256']:
@@ -248,8 +251,8 @@ class Store:
         if self.mirror: self.mirror.note('ref', ref)
 
     def _last_ref(self, ref:str) -> tuple[int,str]|None:
-        numbers = [int(m[1]) for k in self.place.keys(f'refs/{ref}') if (m := re.fullmatch(rf'refs/{re.escape(ref)}/(\d+)\.json', k))]
-        return (max(numbers), check_name(json.loads(self.place.read(f'refs/{ref}/{max(numbers)}.json'))['name'])) if numbers else None
+        numbers = [int(m[1]) for k in self.place.keys(f'refs/{ref}') if (m := re.fullmatch(rf'refs/{re.escape(ref)}/([1-9][0-9]*)\.json', k))]
+        return (max(numbers), read_ref(ref, self.place.read(f'refs/{ref}/{max(numbers)}.json'))) if numbers else None
 
     def doctor(self) -> dict[str,Any]:
         "What this place really does, found out by trying."
@@ -258,6 +261,7 @@ class Store:
     def refs(self, prefix:str='') -> dict[str,str]: # Ref -> the seal it points at
         "The refs below `prefix`."
         names = sorted({k.removeprefix('refs/').rsplit('/', 1)[0] for k in self.place.keys(f'refs/{prefix}'.rstrip('/'))}, key=by_number)
+        names = [n for n in names if is_name(n)]
         return {n: last[1] for n, last in zip(names, self.place.each(self._last_ref, names), strict=True) if last}
 
     def prune(self,
