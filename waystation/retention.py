@@ -6,7 +6,7 @@
 __all__ = ['log', 'GRACE', 'FRESH', 'LOOK', 'Rules', 'choose', 'ref_targets', 'protected', 'retire', 'Condemned', 'collect',
            'plan', 'prune']
 
-# %% ../nbs/05_retention.ipynb #2e875308
+# %% ../nbs/05_retention.ipynb #319c81c6
 import json, logging, math, re, time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from weakref import WeakKeyDictionary
 
 from .place import Entry, Place
 from .runtime import Refused
-from .seal import blob_key, check_name, read_manifest, seal_key
+from .seal import blob_key, check_name, read_manifest, seal_key, verified_key
 
 log = logging.getLogger('waystation')
 
@@ -121,7 +121,7 @@ def protected(place:Place) -> dict[str,str]: # Seal -> why it stays
             if isinstance(at, list) and at: why[at[0]] = f'a file of {_name(key)}'
     return why | {seal: f'ref {ref}' for ref, seal in ref_targets(place).items()}
 
-# %% ../nbs/05_retention.ipynb #65b6b28e
+# %% ../nbs/05_retention.ipynb #cd1432fc
 def _numbered(place:Place, prefix:str) -> list[Entry]:
     "The numbered seals directly below a prefix."
     if re.fullmatch(r'runs/.+/shards', check_name(prefix)):
@@ -138,7 +138,9 @@ def _remove(place:Place, names:list[str]) -> list[str]: # Those that are gone
     place.delete(seal_key(n) for n in docs)
     back = docs.keys() & protected(place)  # a ref came while we deleted; the blobs are all there still
     for n in back: place.create(seal_key(n), docs[n])
-    return [n for n in docs if n not in back]
+    gone = [n for n in docs if n not in back]
+    place.delete(verified_key(n) for n in gone)
+    return gone
 
 def retire(
     place:Any,                 # A Place, or a Store

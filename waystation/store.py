@@ -22,7 +22,7 @@ from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, desc
                              read_manifest, read_ref, seal_key, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #18c37870
+# %% ../nbs/06_store.ipynb #86a1d9cc
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
@@ -96,6 +96,7 @@ class Store:
             stored.clear()
             if len(inside) < len(found): self._condemned.look()
             done = dict(zip(order, self.place.each(lambda rel: store(rel) if rel else also and also(), ['', *order])[1:], strict=True))
+            also = None
             if self._condemned.settle() and time.monotonic() - began < FRESH: return {rel: done[rel] for rel in found}
 
     def _keep(self, path:Path, size:int, digest:str) -> None:
