@@ -5,10 +5,11 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #088ed33c
+# %% ../nbs/06_store.ipynb #05047c0f
 import base64, hashlib, json, logging, os, re, shutil, threading, time
 from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, desc
                              read_manifest, read_ref, seal_key, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #86a1d9cc
+# %% ../nbs/06_store.ipynb #17b72966
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
@@ -91,12 +92,13 @@ class Store:
         stored:set[str] = set()
         lock = threading.Lock()
         order = sorted(found, key=lambda r: -sizes[r])  # the largest takes longest, so it begins first
+        ask = [also] if also else []
         while True:  # once, unless that took so long that a prune may have condemned what was there at first
             began = time.monotonic()
             stored.clear()
             if len(inside) < len(found): self._condemned.look()
-            done = dict(zip(order, self.place.each(lambda rel: store(rel) if rel else also and also(), ['', *order])[1:], strict=True))
-            also = None
+            results = self.place.each(lambda job: job(), [*ask, *(partial(store, rel) for rel in order)])
+            done, ask = dict(zip(order, results[len(ask):], strict=True)), []
             if self._condemned.settle() and time.monotonic() - began < FRESH: return {rel: done[rel] for rel in found}
 
     def _keep(self, path:Path, size:int, digest:str) -> None:
