@@ -29,20 +29,22 @@ def test_an_s3_without_conditions_is_found_out(server, monkeypatch, caplog):
     s = server("rclone_s3")
     for k, v in s.env.items():
         monkeypatch.setenv(k, v)
+    # before the doctor: this server now and then answers nothing more after several calls at once
+    lease = Lease(open_place(f"{s.url}/lease"), "run")
+    lease.release()
+    assert not lease.exclusive and "cannot keep two writers apart" in caplog.text
     began = time.monotonic()
     found = doctor(f"{s.url}/doctor", megabytes=1)
     assert time.monotonic() - began < 45
     assert found["exit"] == 4 and "exclusive create" in found["broken"]
     assert "broken: exclusive create" in found["text"]
-    lease = Lease(open_place(f"{s.url}/lease"), "run")
-    lease.release()
-    assert not lease.exclusive and "cannot keep two writers apart" in caplog.text
 
 
 def test_silence_and_errors_are_findings(tmp_path, monkeypatch):
     "A place that hangs in one call and fails in another: the rest is tried, and the doctor comes to an end."
     monkeypatch.setattr("waystation.doctor.LIMIT_S", 0.5)
     monkeypatch.setattr("waystation.doctor.SOON_S", 0.5)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-0123456789")
     hang = threading.Event()
 
     class Sick(Folder):
@@ -56,7 +58,7 @@ def test_silence_and_errors_are_findings(tmp_path, monkeypatch):
     found = doctor(Sick(tmp_path / "sick"), megabytes=1)
     hang.set()
     assert time.monotonic() - began < 20 and Patience.tries == tries
-    assert found["exit"] == 4 and {"read, list, delete", "complete or invisible", "speed", "clean up"} <= set(found["broken"])
+    assert found["exit"] == 4 and {"read, list, delete", "complete or invisible", "clean up"} <= set(found["broken"])
     assert found["checks"]["exclusive create"]["result"] == "ok" and found["free_bytes"] > 0
     assert "no answer within" in found["text"] and "went wrong" in found["text"] and "planted-secret" not in found["text"]
 

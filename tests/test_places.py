@@ -168,7 +168,7 @@ class FakeDrive:
         name = re.search(r"name = '((?:[^'\\]|\\.)*)'", q)
         name = re.sub(r"\\(.)", r"\1", name[1]) if name else None
         kind = re.search(r"mimeType (!?=)", q)
-        found = [self.shown(f) for f in self.files.values() if set(f["parents"]) & set(parents) and name in (None, f["name"])
+        found = [self.shown(f) for f in list(self.files.values()) if set(f["parents"]) & set(parents) and name in (None, f["name"])
                  and (not kind or (kind[1] == "=") == (f["mimeType"] == "application/vnd.google-apps.folder"))]
         at = int(query.get("pageToken", 0))  # a page of three, so that there are several
         return 200, {"files": found[at : at + 3]} | ({"nextPageToken": str(at + 3)} if len(found) > at + 3 else {})

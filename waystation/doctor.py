@@ -140,7 +140,7 @@ def _within(what:str, probe:Callable[[],list[Line]], seconds:float) -> list[Line
     thread.join(seconds)
     return found[0] if found else [(what, BROKEN, f'{SILENT} {seconds:.0f} s: a run would hang here')]
 
-# %% ../nbs/04_doctor.ipynb #e9f23bce
+# %% ../nbs/04_doctor.ipynb #f23cc529
 def doctor(
     url:str|Place,      # The place: a folder, or gs://…, s3://…, rclone:…, hf:…, drive:…
     megabytes:int=4,    # What is sent and read back to measure speed
@@ -160,6 +160,8 @@ def doctor(
             ('speed', lambda: _speed(place, at, Path(d), megabytes, 5., speed), 2*megabytes),
             ('clean up', lambda: _clean(place, at), 0), ('free space', lambda: _room(place, free), 0)]
         for what, probe, more in probes:
+            # how fast a place is that keeps no promise is of no use, and many calls at once bring some such servers to a standstill
+            if what == 'speed' and any(how == BROKEN for _, how, _ in lines): continue
             silent = any(means.startswith(SILENT) for _, _, means in lines)
             lines += _within(what, probe, SOON_S if silent else LIMIT_S + more)
     broken = [what for what, how, _ in lines if how == BROKEN]
