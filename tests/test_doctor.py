@@ -1,10 +1,13 @@
 """The doctor finds out which promises a place keeps, without being told what it is."""
 
 import os
+import threading
+import time
 
 import pytest
 
 from waystation.doctor import doctor
+from waystation.place import Folder, Patience
 from waystation.remotes import Drive, Hub, open_place
 from test_places import FakeDrive, FakeHub, without_links
 
@@ -25,9 +28,34 @@ def test_an_s3_without_conditions_is_found_out(server, monkeypatch):
     s = server("rclone_s3")
     for k, v in s.env.items():
         monkeypatch.setenv(k, v)
-    found = doctor(f"{s.url}/doctor")
+    began = time.monotonic()
+    found = doctor(f"{s.url}/doctor", megabytes=1)
+    assert time.monotonic() - began < 45
     assert found["exit"] == 4 and "exclusive create" in found["broken"]
     assert "broken: exclusive create" in found["text"]
+
+
+def test_silence_and_errors_are_findings(tmp_path, monkeypatch):
+    "A place that hangs in one call and fails in another: the rest is tried, and the doctor comes to an end."
+    monkeypatch.setattr("waystation.doctor.LIMIT_S", 0.5)
+    monkeypatch.setattr("waystation.doctor.SOON_S", 0.5)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "planted-secret-0123456789")
+    hang = threading.Event()
+
+    class Sick(Folder):
+        def put(self, *_):
+            hang.wait(30)
+
+        def entries(self, prefix):
+            raise ValueError("token=planted-secret-0123456789 went wrong")
+
+    tries, began = Patience.tries, time.monotonic()
+    found = doctor(Sick(tmp_path / "sick"), megabytes=1)
+    hang.set()
+    assert time.monotonic() - began < 20 and Patience.tries == tries
+    assert found["exit"] == 4 and {"read, list, delete", "complete or invisible", "clean up"} <= set(found["broken"])
+    assert found["checks"]["exclusive create"]["result"] == "ok" and found["free_bytes"] > 0
+    assert "no answer within" in found["text"] and "went wrong" in found["text"] and "planted-secret" not in found["text"]
 
 
 def test_folders_with_and_without_links(tmp_path, monkeypatch):

@@ -23,7 +23,7 @@ from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, desc
                              read_manifest, read_ref, seal_key, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #17b72966
+# %% ../nbs/06_store.ipynb #959ec9e4
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
@@ -92,7 +92,7 @@ class Store:
         stored:set[str] = set()
         lock = threading.Lock()
         order = sorted(found, key=lambda r: -sizes[r])  # the largest takes longest, so it begins first
-        ask = [also] if also else []
+        ask:list[Callable[[],Any]] = [also] if also else []
         while True:  # once, unless that took so long that a prune may have condemned what was there at first
             began = time.monotonic()
             stored.clear()
