@@ -23,7 +23,7 @@ from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, desc
                              read_manifest, read_ref, seal_key, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #959ec9e4
+# %% ../nbs/06_store.ipynb #33e1ed61
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
@@ -97,7 +97,8 @@ class Store:
             began = time.monotonic()
             stored.clear()
             if len(inside) < len(found): self._condemned.look()
-            results = self.place.each(lambda job: job(), [*ask, *(partial(store, rel) for rel in order)])
+            jobs:list[Callable[[],Any]] = [*ask, *(partial(store, rel) for rel in order)]
+            results = self.place.each(lambda job: job(), jobs)
             done, ask = dict(zip(order, results[len(ask):], strict=True)), []
             if self._condemned.settle() and time.monotonic() - began < FRESH: return {rel: done[rel] for rel in found}
 
