@@ -24,9 +24,8 @@ BASE = "runs/x/train/1/checkpoints"
 
 # A user's own script: transformers' Trainer, the callback, and exit code 3 when it was asked to stop.
 SCRIPT = """
-import sys, os, signal, hashlib
+import sys, os, signal, hashlib, time
 from transformers import Trainer, TrainingArguments, TrainerCallback, AutoModelForCausalLM, set_seed
-from transformers.trainer_utils import set_seed
 from waystation.runtime import Interrupted
 from waystation.store import Store
 from waystation.training.checkpoints import SealCallback, latest_good
@@ -36,7 +35,7 @@ class At(TrainerCallback):
     def on_step_begin(self, args, state, control, **kw):
         if how == 'term' and state.global_step == 2: os.kill(os.getpid(), signal.SIGTERM)
         if how == 'kill' and state.global_step == 5:
-            while keep.sealer.pending: pass
+            while keep.sealer.pending: time.sleep(0.01)
             os.kill(os.getpid(), signal.SIGKILL)
 set_seed(1)
 store = Store(place)
@@ -75,6 +74,7 @@ def script(model, tmp_path, monkeypatch):
     return run
 
 
+@pytest.mark.slow
 def test_a_plain_trainer_goes_on_bit_for_bit(script, tmp_path):
     "kill -9 after step 5; a new machine with an empty disk goes on from step 4. SIGTERM seals at once, and exits with 3."
     whole = script("whole")
