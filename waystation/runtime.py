@@ -147,11 +147,12 @@ def secret(
         except (userdata.SecretNotFoundError, userdata.NotebookAccessError): return None
     return None
 
-# %% ../nbs/01_runtime.ipynb #59852c6d
+# %% ../nbs/01_runtime.ipynb #686fb0c6
 _SECRET_NAME = re.compile(r'(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|_PAT)', re.I)
 _SECRET_TEXT = re.compile(
     r'(?P<before>://)[^/\s:@]+:[^/\s@]+(?=@)'                                   # user:password@ in a URL
     r'|(?P<query>[?&](?:X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|X-Goog-Signature|X-Goog-Credential|sig|signature|token|access_token|key|password)=)[^&\s"\'<>]+'
+    r'|(?P<said>\b(?:token|secret|password|api_?key)=)(?=\S{8})[^\s&"\'<>,;)]+'
     r'|(?P<bearer>\bBearer\s+)[\w.~+/=-]{8,}'
     r'|\b(?:hf_[A-Za-z0-9]{20,}|ya29\.[\w-]{20,}|gh[pousr]_[A-Za-z0-9]{20,}|(?:AKIA|ASIA)[A-Z0-9]{16}|AIza[\w-]{35})\b'  # tokens that show their kind
     r'|-----BEGIN [A-Z ]*PRIVATE KEY-----.*?-----END [A-Z ]*PRIVATE KEY-----', re.I | re.S)
