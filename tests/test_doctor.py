@@ -9,6 +9,7 @@ import pytest
 from waystation.doctor import doctor
 from waystation.place import Folder, Patience
 from waystation.remotes import Drive, Hub, open_place
+from servers import rclone_s3
 from test_places import FakeDrive, FakeHub, without_links
 
 
@@ -24,13 +25,12 @@ def test_real_servers_keep_their_promises(kind, server, monkeypatch):
     assert found["mb_per_second_up"] > 0 and place.keys("probes") == []
 
 
-def test_an_s3_without_conditions_is_found_out(server, monkeypatch):
-    s = server("rclone_s3")
-    for k, v in s.env.items():
-        monkeypatch.setenv(k, v)
-    began = time.monotonic()
-    found = doctor(f"{s.url}/doctor", megabytes=1)
-    assert time.monotonic() - began < 45
+def test_an_s3_without_conditions_is_found_out():
+    "A server of its own: two writers of one key may set it spinning for good."
+    with rclone_s3() as s, s.environ():
+        began = time.monotonic()
+        found = doctor(f"{s.url}/doctor", megabytes=1)
+        assert time.monotonic() - began < 120  # each of its probes has a limit of 20 s
     assert found["exit"] == 4 and "exclusive create" in found["broken"]
     assert "broken: exclusive create" in found["text"]
 

@@ -4,6 +4,7 @@ Read from the source with `ast`, so that an import inside a function counts as w
 """
 
 import ast
+import functools
 import json
 import os
 import re
@@ -20,6 +21,7 @@ LIB = ROOT / "waystation"
 HEAVY = ["torch", "jax", "flax", "lancedb", "lance", "transformers", "datasets", "pandas", "wandb", "papermill", "matplotlib", "duckdb"]
 
 
+@functools.cache
 def modules() -> dict[str, Path]:
     "Dotted name below `waystation` -> file."
     found = {}
@@ -30,6 +32,7 @@ def modules() -> dict[str, Path]:
     return found
 
 
+@functools.cache
 def numbers() -> dict[str, int]:
     "Module -> the number of its notebook."
     found = {}
