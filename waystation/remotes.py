@@ -21,7 +21,7 @@ log = logging.getLogger('waystation')
 
 SOME, ONE_REQUEST = 1 << 20, 64 << 20  # Bytes: above the first a file is streamed, above the second in blocks, each of which can be asked again
 
-# %% ../nbs/03_remotes.ipynb #fb5da539
+# %% ../nbs/03_remotes.ipynb #e8788bb5
 @functools.cache
 def _gcs() -> Any:
     "Google Cloud Storage, each request asked with patience."
@@ -114,7 +114,7 @@ class _Kind:
     streams:bool = True      # A file that is written in pieces stays invisible until its last one
 
 _BUCKETS = {
-    'gs': _Kind(_gcs, 'md5, compared by the service', dict(use_listings_cache=False, cache_timeout=0, consistency='md5')),
+    'gs': _Kind(_gcs, 'md5 or crc32c, compared with the service', dict(use_listings_cache=False, cache_timeout=0, consistency='md5')),
     's3': _Kind(_s3, 'crc32, compared by the service', dict(
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
     'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
