@@ -17,7 +17,7 @@ test: check ## every check: `make check`, the notebooks, and the tests that take
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
 	$(BIN)/pytest -m slow
 
-check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that take seconds
+check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that take seconds each (ten minutes)
 	$(BIN)/python tools/literate.py check
 	$(BIN)/ruff check
 	$(BIN)/mypy
