@@ -216,6 +216,7 @@ def training(rounds: int) -> dict:
         for i in range(1, STEPS + 1):
             step(per)
             if i % EVERY == 0 and i < STEPS:
+                folder.mkdir(exist_ok=True)
                 for k, w in enumerate(state):
                     w[:100] += i
                     w[::512] += i
@@ -239,7 +240,7 @@ def training(rounds: int) -> dict:
 
                     def submit(i, sealer=sealer, waited=waited):
                         began = time.perf_counter()
-                        sealer.submit(folder, f"c/{i}", {"step": i})
+                        sealer.submit(folder, f"c/{i}", {"step": i}, move=True)  # as SealCallback does with what the trainer wrote
                         waited.append(time.perf_counter() - began)
 
                     run(folder, submit)
