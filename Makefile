@@ -24,7 +24,7 @@ check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that
 	$(BIN)/pytest -m "not slow"
 
 prove: env ## the store's promises in full length: kills, faults, races; its figures go to nbs/guides/prove.json
-	WAYSTATION_PROVE=1 $(BIN)/pytest tests/test_store_kill.py tests/test_store_faults.py tests/test_store_hostile.py
+	WAYSTATION_PROVE=1 $(BIN)/pytest tests/test_store_kill.py tests/test_store_faults.py tests/test_store_hostile.py tests/test_store_sizes.py
 	cp runs/prove.json nbs/guides/prove.json
 
 build: env ## lit/ (edit here) -> nbs/ and waystation/ and README.md
