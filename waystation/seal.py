@@ -17,7 +17,7 @@ from typing import Any
 from .place import changed
 from .runtime import Refused, process, redact
 
-# %% ../nbs/04_seal.ipynb #365cf81e
+# %% ../nbs/04_seal.ipynb #f6e16486
 _WORD = re.compile(r'[A-Za-z0-9][A-Za-z0-9._+=@-]*')
 
 def _is_word(w:str) -> bool: return bool(_WORD.fullmatch(w)) and len(w) <= 200
@@ -35,8 +35,9 @@ def check_name(
 def by_number(
     name:str, # A name whose words may be numbers
 ) -> list:    # A key for `sorted`
-    "Sort key: numbers as integers, and before words."
-    return [(0, int(w), '') if w.isdecimal() else (1, 0, w) for w in name.split('/')]
+    "Sort key: numbers as integers and before words, versions (v10) by their number and after them."
+    def key(w:str): return (0, int(w), '') if w.isdecimal() else (2, int(w[1:]), '') if w[:1] == 'v' and w[1:].isdecimal() else (1, 0, w)
+    return [key(w) for w in name.split('/')]
 
 # %% ../nbs/04_seal.ipynb #0e26afba
 @dataclass(frozen=True)
