@@ -6,7 +6,7 @@
 __all__ = ['log', 'OURS', 'T', 'Model', 'open_model', 'chunks', 'Cut', 'kept_columns', 'Pieces', 'pieces', 'Shard', 'refuse_long',
            'prepare', 'ahead', 'flow', 'write_shard', 'read_shards', 'embed_rows', 'totals', 'embed_texts']
 
-# %% ../../nbs/embedding/23_engine.ipynb #41784487
+# %% ../../nbs/embedding/23_engine.ipynb #1bbee630
 import contextlib, functools, json, logging, queue, shutil, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +19,10 @@ import jax, numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 from flax import nnx
 
-from .encoder import Config, Recipe, Tokenizer, load, read_recipe, read_tokenizer, vectors
+from .encoder import attention_for, load, precision_for, vectors
+from .models import Config, Recipe, read_recipe
 from .packing import WIDTHS, Packed, choose, lay
+from .tokens import Tokenizer, prompted, read_tokenizer
 from ..monitor import Monitor, progress
 from ..recipe import Job
 from ..rows import Rows, Scan
@@ -28,7 +30,7 @@ from ..runtime import Refused, host_memory
 
 log = logging.getLogger('waystation')
 
-# %% ../../nbs/embedding/23_engine.ipynb #5527bce2
+# %% ../../nbs/embedding/23_engine.ipynb #cae5b6a9
 @dataclass(frozen=True)
 class Model:
     "A model folder, ready to turn packed rows into vectors."
@@ -37,38 +39,47 @@ class Model:
     recipe:Recipe
     tokenizer:Tokenizer
     run:Callable[...,jax.Array]   # (tokens, positions, segments, S) -> float32 [B, S, D]
+    dtype:str                     # What it computes in
     batch_tokens:int              # Slots a batch
+    grain:int                     # A row's width is a multiple of this
 
     @property
     def room(self) -> int:
-        "Tokens of a text that fit beside the special ones."
+        "Tokens of a text that fit beside the special ones and the prompt."
         return self.recipe.max_tokens - self.tokenizer.extra
 
     @property
     def about(self) -> dict[str,Any]:
         "What a report says of it; `weights` is what config.json says of untrained ones."
         weights = json.loads((self.folder/'config.json').read_text(encoding='utf-8')).get('weights', '')
-        return dict(weights=weights, dim=self.config.dim, pooling=self.recipe.pooling, normalized=self.recipe.normalize, max_tokens=self.recipe.max_tokens)
+        r = self.recipe
+        return dict(weights=weights, dim=r.dimensions, computed_in=self.dtype, pooling=r.pooling, normalized=r.normalize, max_tokens=r.max_tokens)
 
-# %% ../../nbs/embedding/23_engine.ipynb #7e82edce
+# %% ../../nbs/embedding/23_engine.ipynb #173be3b0
 @functools.lru_cache(maxsize=2)
 def open_model(
     folder:str|Path,  # Model folder
-    pooling:str='',   # 'mean' or 'cls'; '': what the model says
+    pooling:str='',   # mean, cls, max, last or weighted; '': what the model says
     max_tokens:int=0, # 0: what the model says
+    dimensions:int=0, # Numbers a vector, for models trained to be cut short; 0: all
+    prompt:str='',    # Name of one of the model's prompts; '': its default, else none
 ) -> Model:
     "Read settings, tokenizer and weights, and compile on first use."
-    recipe, tokenizer = read_recipe(folder, pooling, max_tokens), read_tokenizer(folder)
+    recipe = read_recipe(folder, pooling, max_tokens, dimensions, prompt)
+    tokenizer, device = prompted(read_tokenizer(folder), recipe.prompt), jax.devices()[0]
     if recipe.max_tokens <= tokenizer.extra:
         raise Refused(f"max_tokens={recipe.max_tokens} leaves no room beside {tokenizer.extra} special tokens; use {tokenizer.extra + 1} or more")
-    encoder = load(folder)
+    dtype = precision_for(device)
+    encoder = load(folder, dtype, attention_for(device.device_kind))
+    if tokenizer.top >= encoder.config.vocab:  # JAX would look past the end of the table without a word
+        raise Refused(f"{folder} has token ids up to {tokenizer.top}, but vocab_size={encoder.config.vocab}; tokenizer and weights are of two models")
     graph, weights = nnx.split(encoder)
     @functools.partial(jax.jit, static_argnums=4)
     def run(weights:Any, tokens:jax.Array, positions:jax.Array, segments:jax.Array, n:int) -> jax.Array:
-        return vectors(nnx.merge(graph, weights), tokens, positions, segments, n, recipe.pooling, recipe.normalize)
-    # A CPU is busy with 2,048 slots, and smaller batches waste less at a shard's end; an accelerator needs more at once.
-    size = 2048 if jax.default_backend() == 'cpu' else 32768
-    return Model(Path(folder), encoder.config, recipe, tokenizer, functools.partial(run, weights), size)
+        return vectors(nnx.merge(graph, weights), tokens, positions, segments, n, recipe.pooling, recipe.normalize, recipe.dimensions)
+    # A CPU is busy with 2,048 slots, and smaller batches waste less at a shard's end; an accelerator needs more at once, in tiles of 128.
+    size, grain = (2048, 16) if device.platform == 'cpu' else (32768, 128)
+    return Model(Path(folder), encoder.config, recipe, tokenizer, functools.partial(run, weights), str(dtype), size, grain)
 
 # %% ../../nbs/embedding/23_engine.ipynb #9189df49
 def chunks(
@@ -121,7 +132,7 @@ def kept_columns(
                       f"and must not be one of {', '.join(OURS)}, which every shard has; leave it out, or rename it in the source")
     return names
 
-# %% ../../nbs/embedding/23_engine.ipynb #fb099e5d
+# %% ../../nbs/embedding/23_engine.ipynb #b506d44d
 @dataclass
 class Pieces:
     "Token rows to encode, and which text each belongs to: several, when a long text is averaged over windows."
@@ -151,7 +162,7 @@ def pieces(
     room = model.room
     cut = [(i, x[k:k + room]) for i, x in enumerate(ids) for k in range(0, len(x) if windows else 1, room)]
     texts, c = [model.tokenizer.wrap(x) for _, x in cut], model.config
-    widths = sorted({*WIDTHS, -(-((usual or room) + model.tokenizer.extra) // 16) * 16})
+    widths = sorted({*WIDTHS, -(-((usual or room) + model.tokenizer.extra) // model.grain) * model.grain})
     packed, size = choose([len(t) for t in texts], model.batch_tokens, 8 * c.dim**2 + 4 * c.dim * c.hidden, 4 * c.dim, widths)
     rows = lay(packed, texts, c.pad, size)
     batches = [(rows[0][k:k + size], rows[1][k:k + size], rows[2][k:k + size]) for k in range(0, len(rows[0]), size)]
@@ -259,7 +270,7 @@ def ahead(
         stopped.set()
         thread.join()
 
-# %% ../../nbs/embedding/23_engine.ipynb #eec16d33
+# %% ../../nbs/embedding/23_engine.ipynb #45dd098d
 def flow(
     model:Model,
     shards:Iterable[Shard],
@@ -270,7 +281,7 @@ def flow(
     def oldest() -> Iterator[tuple[Shard,np.ndarray]]:
         shard, y, last = sent.popleft()
         if y is not None: shard.pieces.results.append(np.asarray(y))
-        if last and y is None: yield shard, np.zeros((0, model.config.dim), np.float32)
+        if last and y is None: yield shard, np.zeros((0, model.recipe.dimensions), np.float32)
         elif last: yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize)
     for shard in shards:
         batches = shard.pieces.batches
@@ -369,15 +380,17 @@ def totals(metas:Iterable[Mapping[str,Any]], cut:Cut) -> dict[str,Any]: # Plain 
                 truncated=add('long') * (cut.on_long == 'truncate'), windowed=add('long') * (cut.on_long == 'window'), shards=len(ms),
                 tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4), rows_per_second=round(add('rows') / max(add('seconds'), 1e-3), 1))
 
-# %% ../../nbs/embedding/23_engine.ipynb #33d88d88
+# %% ../../nbs/embedding/23_engine.ipynb #224607da
 def embed_texts(
     model_folder:str|Path, # The model that the rows were embedded with
     texts:Sequence[str],   # A few texts
     pooling:str='',        # As for the rows
     max_tokens:int=0,      # As for the rows; longer texts are truncated
+    dimensions:int=0,      # As for the rows
+    prompt:str='',         # Name of the model's prompt for texts of this kind
 ) -> np.ndarray:           # [n, D] float32
     "Vectors of texts, in order."
-    model = open_model(model_folder, pooling, max_tokens)
+    model = open_model(model_folder, pooling, max_tokens, dimensions, prompt)
     batch = pa.record_batch(dict(id=[str(i) for i in range(len(texts))], text=pa.array(texts, pa.string())))
     shard = prepare(model, 0, 0, batch, Cut(), {})
     if shard.aside: raise Refused(f"text {shard.aside[0]['id']} ({texts[shard.aside[0]['row']]!r}) cannot be embedded: {shard.aside[0]['reason']}; leave it out")

@@ -21,7 +21,7 @@ def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #2033ac05
+# %% ../../nbs/stations/3_embed.ipynb #778e5b49
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -35,7 +35,7 @@ def embed(
     keep:str='',                  # Columns to carry along, separated by commas
     limit:int=0,                  # At most so many rows; 0: all
     model:str='asset:minilm',     # Model folder: config.json, model.safetensors, tokenizer
-    pooling:str='',               # mean or cls; '': what the model says
+    pooling:str='',               # mean, cls, max, last or weighted; '': what the model says
     max_tokens:int=0,             # Tokens a text, special ones included; 0: what the model says
     chunk_tokens:int=0,           # Tokens a chunk; 0: no chunks, a row is one text
     chunk_overlap:int=40,         # Tokens that neighbouring chunks share
