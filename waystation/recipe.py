@@ -6,7 +6,7 @@
 __all__ = ['log', 'HOW', 'INPUTS', 'locate', 'identity', 'difference', 'Shards', 'read_report', 'Job', 'begin',
            'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe']
 
-# %% ../nbs/09_recipe.ipynb #2054bfe9
+# %% ../nbs/09_recipe.ipynb #e042c833
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,7 +18,8 @@ import yaml
 from .assets import Located, local_copy, resolve
 from .runtime import Interrupted, Refused, cache, host_memory, packaged, settings
 from .lease import Lease
-from .seal import check_name, plain
+from .rows import changes
+from .seal import Seal, check_name, plain
 from .store import Names, Store
 
 log = logging.getLogger('waystation')
@@ -96,7 +97,7 @@ def read_report(
     report = store.read(f'{base}/report').meta
     return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
-# %% ../nbs/09_recipe.ipynb #714e43b1
+# %% ../nbs/09_recipe.ipynb #ff330f08
 class Job:
     "One attempt at one step of a run, with the right to write it."
     def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease):
@@ -121,13 +122,21 @@ class Job:
             # A restart that was killed goes on; one that was finished, or never was one, begins anew.
             again = self.params['restart'] and (changed or done or not begun.meta['restart'])
             if changed and not again:
-                raise Refused(f"run {self.run!r} has a step {self.step!r} with other parameters: {changed}. One run never mixes two: "
+                raise Refused(f"run {self.run!r} has a step {self.step!r} with other parameters: {changed}{self._changes(begun, wanted)}. One run never mixes two: "
                               "choose a new run name, or pass --restart to begin this step anew (what was sealed stays)")
             if not again:
                 self.store.refer(ref, begun.name)
                 return number
         self._new = dict(identity=wanted, params=self.params, station=self.station, restart=bool(self.params['restart']), version=version('waystation'))
         return number + 1
+
+    def _changes(self, begun:Seal, wanted:dict[str,Any]) -> str:
+        "Which files of the source changed, when this step kept a list of them."
+        key, was = 'source (content)', begun.meta['identity']
+        if 'scan.json' not in begun.files or was.get(key) == wanted.get(key) or was.get('source') != wanted.get('source'): return ''
+        with tempfile.TemporaryDirectory(dir=cache()) as tmp:
+            seen = json.loads((self.store.fetch(begun.name, tmp)/'scan.json').read_text(encoding='utf-8'))
+        return f" ({changes(seen['files'], self.inputs['source'].rows)})"
 
     def _shards(self, value:str) -> str:
         "A plain word names a step of this run; none is `embed`."
@@ -140,6 +149,16 @@ class Job:
     @property
     def report(self) -> dict[str,Any]|None: # None while the step is not finished
         return read_report(self.store, self.base)
+
+    @property
+    def found(self) -> Path: # What a step finds out before its first result, and keeps with it: files put here are sealed as part of `begun`
+        return self.work/'found'
+
+    def kept(self, name:str) -> Path|None: # Where files are, one of which is `name`; None while this attempt has not begun
+        "What was put into `found` when the attempt began, here or on another machine."
+        if self._new or name not in self.store.read(f'{self.base}/begun').files: return None
+        shutil.rmtree(self.work/'kept', ignore_errors=True)
+        return self.store.fetch(f'{self.base}/begun', self.work/'kept')
 
     def check(self):
         "Stop unless this process is still the run's writer."
@@ -162,7 +181,7 @@ class Job:
         "Commit files under a name of their own, if this process is still the run's writer."
         self.check()
         if self._new:  # only now is there something that other parameters must not be mixed with: a mistyped first try binds nobody
-            begun = self.store.seal(None, f'{self.base}/begun', self._new).name
+            begun = self.store.seal(self.found if self.found.is_dir() else None, f'{self.base}/begun', self._new).name
             self.store.refer(f'runs/{self.run}/{self.step}', begun)
             self._new = {}
         return self.store.seal(folder, name, meta, self.lease.check).name

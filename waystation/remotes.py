@@ -119,7 +119,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
     'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
 
-# %% ../nbs/03_remotes.ipynb #0a3b8a49
+# %% ../nbs/03_remotes.ipynb #2cbd91ac
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -202,15 +202,19 @@ class Bucket(Place):
     def read(self, key:str) -> bytes:
         with self._told(): return self.fs.cat_file(self.path(key))
 
-    def chunks(self, key:str, size:int) -> Iterator[bytes]:
-        for at in range(0, size, CHUNK):
-            with self._told(): yield self.fs.cat_file(self.path(key), start=at, end=min(at + CHUNK, size))
+    def part(self, key:str, start:int, stop:int) -> bytes: # Bytes from `start` until before `stop`
+        with self._told(): return self.fs.cat_file(self.path(key), start=start, end=stop)
 
-    def size(self, key:str) -> int|None:
+    def chunks(self, key:str, size:int) -> Iterator[bytes]:
+        for at in range(0, size, CHUNK): yield self.part(key, at, min(at + CHUNK, size))
+
+    def entry(self, key:str) -> Entry|None: # None when it is not there
         with self._told():
             try: info = self.fs.info(self.path(key))
             except FileNotFoundError: return None
-        return info['size'] if info['type'] == 'file' else None  # a prefix of others is told as a folder of 0 bytes
+        return Entry(key, info['size'], _when(info)) if info['type'] == 'file' else None  # a prefix of others is told as a folder of 0 bytes
+
+    def size(self, key:str) -> int|None: return e.size if (e := self.entry(key)) else None
 
     def tag(self, key:str) -> str:
         with self._told():

@@ -21,7 +21,7 @@ def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #778e5b49
+# %% ../../nbs/stations/3_embed.ipynb #93afe070
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -29,7 +29,7 @@ def embed(
     restart:bool=False,           # Begin this step anew; what was sealed stays readable
     take_over:bool=False,         # Take the run from another writer that still seems alive
     step:str='embed',             # Name of this step in the run
-    source:str='asset:banking',   # Rows: Parquet, JSONL, CSV or FASTA
+    source:str='asset:banking',   # Rows: file, folder, pattern, gs://, s3://; Parquet, Arrow, JSONL, CSV, FASTA, FASTQ
     text:str='text',              # Column with the text or sequence
     id:str='id',                  # Column with the unique id
     keep:str='',                  # Columns to carry along, separated by commas
@@ -49,15 +49,16 @@ def embed(
     params = dict(locals())
     check(model, source, engine, dtype, on_duplicate, shard_rows, limit)
     from waystation.embedding.engine import Cut, embed_rows, kept_columns, open_model, refuse_long
-    from waystation.rows import Rows
+    from waystation.rows import Rows, Scan
     cut, kept = Cut(chunk_tokens, chunk_overlap, on_long), kept_columns(keep, id, text)
     with begin('embed', params) as job:
         if job.report: return job.report
-        rows = Rows(job.inputs['source'].path, id, text, kept, limit)
-        scan = rows.scan(on_duplicate)
+        rows, before = Rows(job.inputs['source'].rows, id, text, kept, limit), job.kept('scan.json')
+        scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
         m = open_model(job.inputs['model'].path, pooling, max_tokens)
         cut.check(m)
         refuse_long(m, rows, cut)
+        scan.save(job.found)
         done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype)
         return job.finish(done | m.about | dict(
             shards_at=f'{job.base}/shards', dtype=dtype, engine=engine, model=model, model_fingerprint=job.inputs['model'].fingerprint,
