@@ -412,7 +412,7 @@ def _send_refs(src:Place, dst:Place, refs:Iterable[str], logs:tuple[dict,dict], 
             _extend(dst, ref, old, new, lambda name: dst.size(seal_key(name)) is not None, moved)
     dst.each(one, refs)
 
-# %% ../nbs/05_transfer.ipynb #5b008ec1
+# %% ../nbs/05_transfer.ipynb #183bbc4e
 def sync(
     a:Place,               # A store's place
     b:Place,               # The other's
@@ -449,7 +449,7 @@ def _conflicts(a:Place, b:Place, names:list[str], moved:Moved) -> set[str]: # Se
     def differs(name):
         one, two = (_manifest(p, name, moved) for p in (a, b))
         if one is None or two is None: return True
-        if (one[1].files, one[1].meta) == (two[1].files, two[1].meta): return False
+        if (one[1].content, one[1].meta) == (two[1].content, two[1].meta): return False
         moved.conflicts.append(f"seal {name!r} has one content in {a.url} (made {one[1].created}) and another in {b.url} (made {two[1].created}); "
                                "neither was touched: remove one, or seal one again under another name")
         return True
