@@ -4,8 +4,10 @@
 """
 
 import hashlib
+import itertools
 import os
 import random
+import threading
 import time
 from pathlib import Path
 
@@ -18,6 +20,7 @@ from waystation.retention import prune, retire
 from waystation.runtime import Refused
 from waystation.seal import SMALL, blob_key
 from waystation.store import Store
+from waystation.transfer import sync
 
 DAY, PROVE = 86_400.0, os.environ.get("WAYSTATION_PROVE") == "1"
 SIZE = SMALL + 1000  # of a file that becomes a blob
@@ -285,6 +288,67 @@ def test_a_writer_that_deduplicates_at_any_moment_of_a_prune(folder, hold):
                     place.later(2 * DAY)
                 assert not safe or writer.verify("c/2") == []
         assert (torn == 0) == safe, (torn, grace)
+
+
+@pytest.mark.parametrize("hold", [0, 0.5, 1.9])
+def test_a_sync_at_any_moment_of_a_prune_of_its_target(folder, hold, monkeypatch, tmp_path):
+    """A sync looks at its target, and creates the manifest up to two hours later; the prune that condemns, or the one that deletes, comes at any moment.
+
+    With the default grace the seal is whole as soon as it is visible; with no grace some are torn, which shows that this test can find it.
+    """
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(retention, "LOOK", 0.01)
+    source = Store(Memory())
+    source.place.url = "memory:source"
+    source.seal(folder(1), "c/2")
+    for grace, safe in (retention.GRACE, True), (0.0, False):
+        torn = rounds = 0
+        for at, expired in itertools.product(range(1, 60), (False, True)):
+            store = Store(Memory())
+            place = store.place
+            store.seal(folder(1), "c/1")
+            place.delete(["seals/c/1.json"])
+            place.later(2 * DAY)
+            if expired:  # the prune that races is the one that deletes
+                prune(place, grace=retention.GRACE)
+                place.later(2 * DAY)
+            start, original, create, begun = place.calls, place._call, place.create, []
+            ready, go = threading.Event(), threading.Event()
+
+            def waiting(key, data, create=create, ready=ready, go=go):
+                if key.startswith("seals/"):
+                    ready.set()
+                    assert go.wait(20)
+                return create(key, data)
+
+            def step(name, place=place, start=start, original=original, begun=begun, at=at, ready=ready):
+                # a deletion that hangs on its way for longer than LOOK is the gap that retention names
+                if place.calls >= start + at and name != "delete" and not begun:
+                    place._call = original
+                    begun.append(threading.Thread(target=sync, args=(source.place, place)))
+                    begun[0].start()
+                    assert ready.wait(20)  # all has been sent, and the manifest is about to be
+                    place.later(hold * 3600)
+                original(name)
+
+            place._call, place.create = step, waiting
+            try:
+                prune(place, grace=grace)
+            except Refused:
+                torn += 1
+            place._call, place.create = original, create
+            go.set()
+            if not begun:
+                continue
+            begun[0].join()
+            rounds += 1
+            assert not safe or store.verify("c/2") == [], (at, expired)
+            torn += bool(store.verify("c/2"))
+            for _ in range(3):
+                place.later(hold * 3600 or 2 * DAY)
+                prune(place)
+            assert not safe or store.verify("c/2") == [], (at, expired)
+        assert rounds > 10 and (torn == 0) == safe, (torn, grace)
 
 
 def test_a_ref_that_comes_while_its_seal_goes(folder):
