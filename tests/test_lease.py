@@ -543,9 +543,9 @@ def test_damage_is_never_verified(tmp_path):
 def test_a_service_that_compares_checksums_has_verified_at_once(make, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work/a").write_bytes(os.urandom(100_000))
-    for kind, compared in (("gcs", "compared with the service"), ("s3", "compared by the service")):
+    for kind in ("gcs", "s3"):
         store = Store(make(kind))
-        assert compared in store.seal(tmp_path / "work", "models/a/v1").checked
+        assert "compared by the service" in store.seal(tmp_path / "work", "models/a/v1").checked
         assert store.state("models/a/v1") == "verified"
 
 
