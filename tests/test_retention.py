@@ -4,14 +4,16 @@
 """
 
 import hashlib
+import itertools
 import os
 import random
+import threading
 import time
 from pathlib import Path
 
 import pytest
 
-from waystation import bill, retention
+from waystation import bill, retention, transfer
 from waystation import seal as seals
 from waystation.place import Entry, Folder, Place
 from waystation.remotes import Bucket
@@ -19,6 +21,7 @@ from waystation.retention import prune, retire
 from waystation.runtime import Refused
 from waystation.seal import SMALL, blob_key
 from waystation.store import Store
+from waystation.transfer import sync
 
 DAY, PROVE = 86_400.0, os.environ.get("WAYSTATION_PROVE") == "1"
 SIZE = SMALL + 1000  # of a file that becomes a blob
@@ -300,6 +303,141 @@ def test_a_writer_that_deduplicates_at_any_moment_of_a_prune(folder, hold):
                     place.later(2 * DAY)
                 assert not safe or writer.verify("c/2") == []
         assert (torn == 0) == safe, (torn, grace)
+
+
+@pytest.mark.parametrize("hold", [0, 1.9])
+def test_a_sync_at_any_moment_of_a_prune_of_its_target(folder, hold, monkeypatch, tmp_path):
+    """A sync looks at its target, and creates the manifest up to two hours later; the prune that condemns, or the one that deletes, comes at any moment.
+
+    With the default grace the seal is whole as soon as it is visible; with no grace some are torn, which shows that this test can find it.
+    """
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(retention, "LOOK", 0.01)
+    source = Store(Memory())
+    source.place.url = "memory:source"
+    source.seal(folder(1), "c/2")
+    for grace, safe in (retention.GRACE, True), (0.0, False):
+        torn = rounds = 0
+        for at, expired in itertools.product(range(1, 60), (False, True)):
+            store = Store(Memory())
+            place = store.place
+            store.seal(folder(1), "c/1")
+            place.delete(["seals/c/1.json"])
+            place.later(2 * DAY)
+            if expired:  # the prune that races is the one that deletes
+                prune(place, grace=retention.GRACE)
+                place.later(2 * DAY)
+            start, original, create, begun = place.calls, place._call, place.create, []
+            ready, go = threading.Event(), threading.Event()
+
+            def waiting(key, data, create=create, ready=ready, go=go):
+                if key.startswith("seals/"):
+                    ready.set()
+                    assert go.wait(20)
+                return create(key, data)
+
+            def step(name, place=place, start=start, original=original, begun=begun, at=at, ready=ready):
+                # a deletion that hangs on its way for longer than LOOK is the gap that retention names
+                if place.calls >= start + at and name != "delete" and not begun:
+                    place._call = original
+                    begun.append(threading.Thread(target=sync, args=(source.place, place)))
+                    begun[0].start()
+                    assert ready.wait(20)  # all has been sent, and the manifest is about to be
+                    place.later(hold * 3600)
+                original(name)
+
+            place._call, place.create = step, waiting
+            try:
+                prune(place, grace=grace)
+            except Refused:
+                torn += 1
+            place._call, place.create = original, create
+            go.set()
+            if not begun:
+                continue
+            begun[0].join()
+            rounds += 1
+            assert not safe or store.verify("c/2") == [], (at, expired)
+            torn += bool(store.verify("c/2"))
+            for _ in range(3):
+                place.later(hold * 3600 or 2 * DAY)
+                prune(place)
+            assert not safe or store.verify("c/2") == [], (at, expired)
+        assert rounds > 10 and (torn == 0) == safe, (torn, grace)
+
+
+def alike(folder, count):
+    "A folder of files that a prune deletes in one go: their hashes begin with the same two digits."
+    path, n = folder(), itertools.count()
+    while len(list(path.iterdir())) < count:
+        data = next(n).to_bytes(8, "big") + b"-" * SIZE
+        if hashlib.sha256(data).hexdigest().startswith("a7"):
+            (path / f"f{len(list(path.iterdir()))}").write_bytes(data)
+    return path
+
+
+def test_a_sync_beside_a_prune_that_is_deleting(folder, monkeypatch, tmp_path):
+    "What the collector is about to delete was stored again a moment ago; the manifest comes when it has been outwaited."
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(retention, "LOOK", 1.0)
+    source, store, work = Store(Memory()), Store(Memory()), alike(folder, 7)
+    source.place.url = "memory:source"
+    source.seal(work, "c/2")
+    place = store.place
+    store.seal(work, "c/1")
+    place.delete(["seals/c/1.json"])
+    for deleting in False, True:
+        place.later(2 * DAY)
+        begun, original = threading.Event(), place._call
+
+        def slow(name, begun=begun, original=original):
+            original(name)
+            if name == "delete" and threading.current_thread() is pruning:
+                begun.set()
+                time.sleep(0.03)
+
+        pruning = threading.Thread(target=prune, args=(place,))
+        place._call = slow
+        pruning.start()
+        if deleting:
+            assert begun.wait(20)
+            time.sleep(0.05)  # at its blobs
+            sync(source.place, place)
+        pruning.join()
+        place._call = original
+    assert store.list() == ["c/2"] and whole(store) == []
+
+
+def test_a_sync_that_takes_longer_than_a_blob_is_condemned(folder, monkeypatch, tmp_path):
+    "Hours lie between the seals of one sync: each is whole from the moment when it is visible."
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(transfer, "BATCH", 1)
+    monkeypatch.setattr(retention, "FRESH", 1.0)
+    monkeypatch.setattr(retention, "LOOK", 0.01)
+    source, store = Store(Memory()), Store(Memory())
+    source.place.url = "memory:source"
+    for n in 1, 2:
+        source.seal(folder(n), f"c/{n}")
+    place, seen = store.place, []
+    store.seal(folder(2), "c/0")
+    place.delete(["seals/c/0.json"])
+    place.later(DAY)
+    create = place.create
+
+    def pruned(key, data):
+        if key.startswith("seals/"):
+            prune(place)  # before the first it condemns, before the second it would delete
+            place.later(2 * DAY)
+            if not seen:
+                time.sleep(1.1)
+            made = create(key, data)
+            seen.append(whole(store))
+            return made
+        return create(key, data)
+
+    place.create = pruned
+    sync(source.place, place)
+    assert seen == [[], []] and store.list() == ["c/1", "c/2"]
 
 
 def test_a_ref_that_comes_while_its_seal_goes(folder):

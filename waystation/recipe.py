@@ -55,7 +55,7 @@ def difference(old:dict[str,Any], new:dict[str,Any]) -> str: # 'seed was 0, is 1
 
 def _short(v) -> str: return repr(v[:12] + '…' if isinstance(v, str) and len(v) > 48 else v)
 
-# %% ../nbs/09_recipe.ipynb #d1cf0c92
+# %% ../nbs/09_recipe.ipynb #09c26a80
 class Shards:
     "The sealed shards of a finished embed step, or a folder of them."
     def __init__(self,
@@ -68,6 +68,9 @@ class Shards:
             if not store.has(f'{base}/report'):
                 raise Refused(f"shards={value!r}: {base} has no report, so it is not finished; run its embed step to the end first")
             self.report, self.names = store.read(f'{base}/report').meta, store.list(f'{base}/shards')
+            if len(self.names) < self.report.get('shards', 0):
+                raise Refused(f"shards={value!r}: the report of {base} counts {self.report['shards']} shards and the store has {len(self.names)}, so rows would "
+                              "be missing; restore the others from a copy of the store, or run its embed step with --restart")
             contents = [store.read(n).content for n in self.names]
         else:
             report = self.folder/'report.json'

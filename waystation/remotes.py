@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'SOME', 'ONE_REQUEST', 'Bucket', 'RcloneError', 'Rclone', 'Hub', 'Drive', 'open_place']
 
-# %% ../nbs/03_remotes.ipynb #e665edb0
-import asyncio, base64, contextlib, contextvars, functools, hashlib, http.client, io, json, logging, os, random, re, shutil, socket, subprocess, sys
+# %% ../nbs/03_remotes.ipynb #aa034f7b
+import asyncio, base64, contextlib, contextvars, functools, hashlib, http.client, io, itertools, json, logging, os, random, re, shutil, socket, subprocess, sys
 import tempfile, threading, time, urllib.parse
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -21,13 +21,14 @@ log = logging.getLogger('waystation')
 
 SOME, ONE_REQUEST = 1 << 20, 64 << 20  # Bytes: above the first a file is streamed, above the second in blocks, each of which can be asked again
 
-# %% ../nbs/03_remotes.ipynb #e8788bb5
+# %% ../nbs/03_remotes.ipynb #df1db7e8
 @functools.cache
 def _gcs() -> Any:
     "Google Cloud Storage, each request asked with patience."
     os.environ.setdefault('GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT', 'false')  # else an emulator's bucket is probed for a minute
-    import gcsfs
+    import gcsfs.core
     from aiohttp import TraceConfig
+    gcsfs.core.SUPPORTED_FIXED_KEY_METADATA['crc32c'] = 'crc32c'  # else gcsfs leaves it out of the upload's description, see `_promise`
     ask = getattr(gcsfs.GCSFileSystem._request, '__wrapped__', gcsfs.GCSFileSystem._request)  # without gcsfs' own retries
     headers:contextvars.ContextVar[Any] = contextvars.ContextVar('headers', default=None)
     async def keep(session, context, end): headers.set(end.response.headers)
@@ -62,23 +63,37 @@ def _s3() -> Any:
             return await patiently_async(lambda: ask(*args, **kwargs))
     return S3
 
+def _promise(pieces:Iterable[bytes]) -> dict[str,Any]: # For gcsfs' `pipe_file` and `open`
+    "The checksum that travels with an upload: the service refuses other bytes before they are an object."
+    from google_crc32c import Checksum
+    crc = Checksum()
+    for data in pieces: crc.update(data)
+    return dict(fixed_key_metadata=dict(crc32c=base64.b64encode(crc.digest()).decode()))
+
+def _pieces(src:Any) -> Iterator[bytes]:
+    "What is left of an open file; afterwards it stands where it stood."
+    at = src.tell()
+    yield from iter(functools.partial(src.read, SOME), b'')
+    src.seek(at)
+
 async def _stream(fs:Any, path:str, file:Path, digest:str) -> None:
     "Upload a file in one request, hashed as it goes: its last bytes leave only when they are those of `digest`."
     import aiohttp
     from gcsfs.retry import validate_response
-    from google_crc32c import Checksum
     bucket, key, _ = fs.split_path(path)
-    head = f'--=0=\r\nContent-Type: application/json\r\n\r\n{json.dumps(dict(name=key))}\r\n--=0=\r\nContent-Type: application/octet-stream\r\n\r\n'.encode()
-    size, sha, crc, wrong = file.stat().st_size, hashlib.sha256(), Checksum(), None
-    tail = b'\r\n--=0=--'
+    loop = asyncio.get_running_loop()
+    with open(file, 'rb') as src: crc = (await loop.run_in_executor(None, lambda: _promise(_pieces(src))))['fixed_key_metadata']
+    head = (f'--{digest}\r\nContent-Type: application/json\r\n\r\n{json.dumps(dict(name=key, **crc))}\r\n'
+            f'--{digest}\r\nContent-Type: application/octet-stream\r\n\r\n').encode()  # no file can have its own hash in it
+    size, sha, wrong, tail = file.stat().st_size, hashlib.sha256(), None, f'\r\n--{digest}--'.encode()
     def piece(src) -> bytes:
-        data = src.read(1 << 20)
-        sha.update(data); crc.update(data)
+        data = src.read(SOME)
+        sha.update(data)
         if not data or src.tell() > size or (src.tell() == size and sha.hexdigest() != digest): raise changed(file)
         return data
     async def body():
         nonlocal wrong
-        loop, left = asyncio.get_running_loop(), size
+        left = size
         yield head
         with open(file, 'rb') as src:
             while left:
@@ -88,7 +103,7 @@ async def _stream(fs:Any, path:str, file:Path, digest:str) -> None:
                 yield data
         yield tail
     await fs._set_session()
-    headers = fs._get_headers({'Content-Type': 'multipart/related; boundary="=0="', 'Content-Length': str(len(head) + size + len(tail))})
+    headers = fs._get_headers({'Content-Type': f'multipart/related; boundary="{digest}"', 'Content-Length': str(len(head) + size + len(tail))})
     slow = aiohttp.ClientTimeout(total=max(300, size/40e3), sock_connect=30)  # 40 kB/s: two dozen at once on a poor line
     url = f'{fs._location}/upload/storage/v1/b/{bucket}/o'
     try:
@@ -99,7 +114,7 @@ async def _stream(fs:Any, path:str, file:Path, digest:str) -> None:
     except aiohttp.ClientError:
         if wrong: raise wrong from None  # aiohttp only says that it could not send
         raise
-    if json.loads(said)['crc32c'] != base64.b64encode(crc.digest()).decode(): raise aiohttp.ClientPayloadError(f'{key} arrived with another checksum')
+    if json.loads(said)['crc32c'] != crc['crc32c']: raise aiohttp.ClientPayloadError(f'{key} arrived with another checksum')
 
 def _memory() -> Any:
     from fsspec.implementations.memory import MemoryFileSystem
@@ -110,16 +125,17 @@ class _Kind:
     fs:Callable[[],Any]      # Gives fsspec's class
     checked:str              # How an upload is known to have arrived
     options:dict[str,Any]
+    promise:Callable[[Iterable[bytes]],dict[str,Any]] = lambda pieces: {}  # What an upload of these bytes says of them
     extra:str = 'cloud'      # What `pip install 'waystation[…]'` needs
     streams:bool = True      # A file that is written in pieces stays invisible until its last one
 
 _BUCKETS = {
-    'gs': _Kind(_gcs, 'md5 or crc32c, compared with the service', dict(use_listings_cache=False, cache_timeout=0, consistency='md5')),
+    'gs': _Kind(_gcs, 'crc32c, compared by the service', dict(use_listings_cache=False, cache_timeout=0, consistency='md5'), _promise),
     's3': _Kind(_s3, 'crc32, compared by the service', dict(
-        use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
+        use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), extra='s3'),
     'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
 
-# %% ../nbs/03_remotes.ipynb #2cbd91ac
+# %% ../nbs/03_remotes.ipynb #e1d54b3d
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     at = info.get('LastModified') or info.get('mtime') or info.get('updated') or info.get('created')
@@ -136,7 +152,7 @@ class Bucket(Place):
         kind, _, rest = url.partition('://')
         self.url, self.root = url.rstrip('/'), ('/' if kind == 'memory' else '') + rest.strip('/')
         known = _BUCKETS[kind]
-        self.checked, self._piece = known.checked, CHUNK if known.streams else -1
+        self._promise, self._piece = known.promise, CHUNK if known.streams else -1
         self.checked, self.promises_exclusive = known.checked, kind != 's3'  # s3: some that speak like it ignore the condition
         self._seen:dict[str,tuple[int,float]] = {}
         self._vain = 0  # Questions in a row whether an object is there that were not answered yes
@@ -158,7 +174,7 @@ class Bucket(Place):
 
     def create(self, key:str, data:bytes) -> bool:
         with self._told():
-            try: self.fs.pipe_file(self.path(key), data, mode='create')
+            try: self.fs.pipe_file(self.path(key), data, mode='create', **self._promise([data]))
             except FileExistsError: return self.read(key) == data
             except FileNotFoundError as e: raise self._no_bucket() from e
             return True
@@ -185,8 +201,8 @@ class Bucket(Place):
             chunk, h = src.read(self._piece), hashlib.sha256()
             if len(chunk) < CHUNK or self._piece < 0:  # one request
                 if hashlib.sha256(chunk).hexdigest() != digest: raise changed(path)
-                return self.fs.pipe_file(self.path(key), chunk)
-            out = self.fs.open(self.path(key), 'wb', block_size=CHUNK)
+                return self.fs.pipe_file(self.path(key), chunk, **self._promise([chunk]))
+            out = self.fs.open(self.path(key), 'wb', block_size=CHUNK, **self._promise(itertools.chain([chunk], _pieces(src))))
             try:
                 while chunk:
                     h.update(chunk); out.write(chunk)
