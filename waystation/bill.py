@@ -17,7 +17,7 @@ from .runtime import Refused, prices, settings
 from .seal import blob_key
 from .store import Store
 
-# %% ../nbs/07_bill.ipynb #bf5000ee
+# %% ../nbs/07_bill.ipynb #4584a719
 def _price_key(place:Place, storage:str) -> str: # As in [prices]: 'gs.standard', 's3.standard_ia', 'folder'
     kind = place.url.split(':', 1)[0] if isinstance(place, Bucket) else 'folder'
     return kind if kind in ('folder', 'memory') else f'{kind}.{(storage or "standard").lower()}'
@@ -33,7 +33,7 @@ def cost(
 ) -> dict[str,Any]:          # 'kinds' and 'seals': prefix -> storage class -> bytes, files, month; 'unpriced': keys that are missing
     "Bytes of a store by prefix and storage class, and what they cost in a month."
     if prefix_depth < 1: raise Refused(f"prefix_depth={prefix_depth} would make one line of everything; it is 1 or more, and 2 shows models/NAME")
-    place, rates = store.place, prices() if rates is None else rates
+    place, rates = store.place, prices(store.url) if rates is None else rates
     kinds:dict[str,Any] = {}
     seals:dict[str,Any] = {}
     owners:dict[str,set[str]] = {}
