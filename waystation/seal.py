@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ALL_SMALL', 'is_name', 'check_name', 'by_number', 'Seal', 'hash_file', 'fingerprint', 'check_path',
-           'read_manifest', 'read_ref', 'find_files', 'describe', 'plain', 'new_manifest', 'blob_key', 'seal_key',
-           'verified_key', 'lost']
+           'read_manifest', 'read_ref', 'keep_warm', 'find_files', 'describe', 'plain', 'new_manifest', 'blob_key',
+           'seal_key', 'verified_key', 'lost']
 
-# %% ../nbs/04_seal.ipynb #ae5a6719
+# %% ../nbs/04_seal.ipynb #4ee599a3
 import base64, binascii, hashlib, json, re, secrets, stat, unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .place import changed
+from .place import Place, changed
 from .runtime import Refused, process, redact
 
 # %% ../nbs/04_seal.ipynb #f6e16486
@@ -127,6 +127,11 @@ def read_ref(ref:str, data:bytes) -> str: # The seal's name
         return name
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise Refused(f"ref {ref!r} has a damaged entry ({e}); point it at a seal that is there with a newer entry, or remove this one") from e
+
+# %% ../nbs/04_seal.ipynb #d1ce3541
+def keep_warm(place:Place, name:str) -> None:
+    "Let no rule of a bucket move the files of this seal from now on."
+    if place.cools(): place.each(lambda d: place.mark(blob_key(d), 'warm'), read_manifest(name, place.read(seal_key(name))).blobs)
 
 # %% ../nbs/04_seal.ipynb #a678771f
 SMALL, ALL_SMALL = 64 << 10, 1 << 20  # Bytes of a file that travels in the manifest, and of all such files of a seal

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #05047c0f
+# %% ../nbs/06_store.ipynb #2d0a3ef6
 import base64, hashlib, json, logging, os, re, shutil, threading, time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -19,11 +19,11 @@ from .place import Place, changed
 from .remotes import open_place
 from .retention import FRESH, Condemned, prune
 from .runtime import Refused
-from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, is_name, lost, new_manifest, plain,
-                             read_manifest, read_ref, seal_key, verified_key)
+from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, is_name, keep_warm, lost, new_manifest,
+                             plain, read_manifest, read_ref, seal_key, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #33e1ed61
+# %% ../nbs/06_store.ipynb #6f552775
 log = logging.getLogger('waystation')
 Names = list[str]  # inside the class, `list` is a method
 class Store:
@@ -246,12 +246,14 @@ class Store:
         check_name(ref)
         if self.has(ref): raise Refused(f"{ref!r} is a seal already; a name is a seal or a ref, never both: choose another")
         name = self.resolve(name)
+        keep_warm(self.place, name)  # before, so that a kill leaves no ref to what may grow cold
         while True:
             last = self._last_ref(ref)
             if last and last[1] == name: return
             if self.place.create(f'refs/{ref}/{last[0] + 1 if last else 1}.json', json.dumps(dict(name=name)).encode()): break
         if not self.has(name):  # a prune that looked at the refs a moment too early; it puts back what it sees to be named
             raise Refused(f"seal {name!r} was removed by a prune just now, so {ref!r} names nothing; point it at another seal")
+        keep_warm(self.place, name)  # after: a `lifecycle` may have looked at the refs in between
         if self.mirror: self.mirror.note('ref', ref)
 
     def _last_ref(self, ref:str) -> tuple[int,str]|None:
