@@ -120,7 +120,7 @@ _BUCKETS = {
         use_listings_cache=False, config_kwargs=dict(retries=dict(total_max_attempts=1), max_pool_connections=64)), 's3'),
     'memory': _Kind(_memory, 'kept in memory', {}, streams=False)}
 
-# %% ../nbs/03_remotes.ipynb #1f92cde5
+# %% ../nbs/03_remotes.ipynb #8a0cb680
 def _when(info:dict[str,Any]) -> float:
     "When an object was written, by the service's clock."
     # GCS: not when it was updated, for a mark or a move to another class updates it; taken for a writer's, that would save a condemned blob
@@ -155,7 +155,7 @@ class Bucket(Place):
         try:
             with telling(self.url): yield
         except FileNotFoundError as e:
-            if 'bucket' not in str(e).lower(): raise
+            if 'bucket does not exist' not in str(e).lower(): raise  # s3's words; the word alone may stand in the key
             raise self._no_bucket() from e
 
     def _no_bucket(self) -> Refused: return Refused(f"store={self.url}: the bucket does not exist; create it, or name another store")
