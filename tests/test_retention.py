@@ -9,6 +9,7 @@ import os
 import random
 import threading
 import time
+from datetime import datetime
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ import pytest
 from waystation import bill, retention, transfer
 from waystation import seal as seals
 from waystation.place import Entry, Folder, Place
-from waystation.remotes import Bucket
+from waystation.remotes import COLD, WARM, Bucket, _when
 from waystation.retention import prune, retire
 from waystation.runtime import Refused
 from waystation.seal import SMALL, blob_key
@@ -392,11 +393,11 @@ def test_a_sync_beside_a_prune_that_is_deleting(folder, monkeypatch, tmp_path):
 
         def slow(name, begun=begun, original=original):
             original(name)
-            if name == "delete" and threading.current_thread() is pruning:
+            if name == "delete" and threading.current_thread().name == "pruning":
                 begun.set()
                 time.sleep(0.03)
 
-        pruning = threading.Thread(target=prune, args=(place,))
+        pruning = threading.Thread(target=prune, args=(place,), name="pruning")
         place._call = slow
         pruning.start()
         if deleting:
@@ -578,6 +579,147 @@ def test_the_requests_of_a_lifecycle_rule_of_gcs(server, folder, monkeypatch):
     assert sent[2][:2] == ("PATCH", f"b/{bucket}/o/lifecycle/{loose}") and list(sent[2][2]) == ["customTime"]
     rule = {"action": {"type": "Delete"}, "condition": {"daysSinceCustomTime": 30, "matchesPrefix": ["lifecycle/blobs/"]}}
     assert sent[3:] == [("PATCH", f"b/{bucket}", {"lifecycle": {"rule": [other, rule]}})]
+
+
+def cooling(url, folder):
+    "A store with a seal that a ref names, one that a report names, and an old one that shares a blob with the first."
+    store = Store(f"{url.rstrip('/')}/cold-{time.time_ns()}")
+    store.seal(folder(1, 2), "c/2")
+    store.refer("models/a/current", "c/2")
+    store.seal(folder(3), "c/3")
+    store.seal(None, "runs/r/train/1/report", {"files": {"adapter": ["c/3", "f3"]}})
+    old = store.seal(folder(1, 4, 5), "c/1")
+    kept = {blob_key(d) for n in ("c/2", "c/3") for d in store.read(n).blobs}
+    return store, {blob_key(d) for d in old.blobs} - kept
+
+
+def tags_of(place):
+    bucket = place.root.split("/")[0]
+
+    def tags(key):
+        return [t["Value"] for t in place.fs.call_s3("get_object_tagging", Bucket=bucket, Key=place.path(key).partition("/")[2])["TagSet"]]
+
+    return {k: t for k in place.keys("blobs") if (t := tags(k))}
+
+
+def test_s3_moves_what_no_ref_names(server, folder, tmp_path):
+    with server("s3").environ() as s3:
+        store, cold = cooling(s3.url, folder)
+        place, name = store.place, store.place.root.partition("/")[2]
+        bucket, other = place.root.split("/")[0], {"ID": "logs", "Status": "Enabled", "Filter": {"Prefix": "logs/"}, "Expiration": {"Days": 3}}
+        place.fs.call_s3("put_bucket_lifecycle_configuration", Bucket=bucket, LifecycleConfiguration={"Rules": [other]})
+
+        def rules():
+            return place.fs.call_s3("get_bucket_lifecycle_configuration", Bucket=bucket)["Rules"]
+
+        shown = bill.lifecycle(store, cold_after=30, cold_class="standard_ia")
+        assert len(cold) == 2 and shown["cold"] == 2 and shown["cold_bytes"] == 2 * SIZE and rules() == [other] and tags_of(place) == {}
+        for _ in range(2):
+            bill.lifecycle(store, cold_after=30, cold_class="STANDARD_IA", yes=True)
+        assert [r["ID"] for r in rules()] == ["logs", f"waystation-condemned-parts:{name}", f"waystation-cold:{name}"]
+        assert rules()[2]["Filter"] == {"And": {"Prefix": f"{name}/blobs/", "Tags": [{"Key": "waystation", "Value": "cold"}]}}
+        assert rules()[2]["Transitions"] == [{"Days": 30, "StorageClass": "STANDARD_IA"}]
+        assert tags_of(place) == {k: ["cold"] for k in cold}
+        bill.lifecycle(store, 40, 90, "GLACIER_IR", yes=True)
+        assert rules()[3]["Transitions"] == [{"Days": 90, "StorageClass": "GLACIER_IR"}] and len(rules()) == 4
+        Store(store.url).refer("models/a/old", "c/1")
+        assert tags_of(place) == {} and bill.lifecycle(store, 40, 90, "GLACIER_IR")["cold"] == 0
+        bill.lifecycle(store, 40, yes=True)
+        assert [r["ID"] for r in rules()] == ["logs", f"waystation-condemned:{name}", f"waystation-condemned-parts:{name}"]
+
+        moved = sorted(cold)[0]  # as the bucket would: it is read as before, priced by its class, and not moved again
+        key = place.path(moved).partition("/")[2]
+        place.fs.call_s3("copy_object", Bucket=bucket, Key=key, CopySource=f"{bucket}/{key}", StorageClass="GLACIER_IR")
+        bill_of = bill.cost(store, rates={"s3.standard": 0.02, "s3.glacier_ir": 0.004})
+        assert bill_of["kinds"]["blobs"]["GLACIER_IR"] == {"bytes": SIZE, "files": 1, "month": SIZE / 1e9 * 0.004} and bill_of["unpriced"] == []
+        store.fetch("c/1", tmp_path / "out")
+
+
+def test_gcs_moves_what_no_ref_names(server, folder, monkeypatch):
+    "The emulator drops lifecycle rules, so that what would be sent is looked at; the marks are real."
+    with server("gcs").environ() as gcs:
+        store, cold = cooling(gcs.url, folder)
+        place, name = store.place, store.place.root.partition("/")[2]
+        other = {"action": {"type": "SetStorageClass", "storageClass": "COLDLINE"}, "condition": {"age": 3, "matchesPrefix": ["logs/"]}}
+        sent, ask = [{"rule": [other]}], place.fs.call
+
+        def call(method, path, *args, **more):
+            if path != "b/{}":
+                return ask(method, path, *args, **more)
+            if method == "PATCH":
+                sent.append(more["json"]["lifecycle"])
+            return {"lifecycle": sent[-1]}
+
+        monkeypatch.setattr(place.fs, "call", call, raising=False)
+        shown = bill.lifecycle(store, 0, 90, "nearline")
+        assert shown["cold"] == 2 and len(sent) == 1 and place.custom_times() == {}
+        bill.lifecycle(store, 0, 90, "nearline", yes=True)
+        rule = {"action": {"type": "SetStorageClass", "storageClass": "NEARLINE"},
+                "condition": {"age": 90, "customTimeBefore": "2100-01-02", "matchesPrefix": [f"{name}/blobs/"]}}
+        assert sent[1:] == [{"rule": [other, rule]}] and place.custom_times() == dict.fromkeys(cold, COLD)
+        assert bill.lifecycle(store, 30, 60, "ARCHIVE", yes=True)["cold"] == 0  # they are marked
+        assert [r["action"]["type"] for r in sent[2]["rule"]] == ["SetStorageClass", "Delete", "SetStorageClass"] and sent[2]["rule"][0] == other
+        Store(store.url).refer("models/a/old", "c/1")
+        assert place.custom_times() == dict.fromkeys(cold, WARM)  # a custom time only grows; nothing counts from this one, or moves what has it
+        assert bill.lifecycle(store, 0, 90, "nearline")["cold"] == 0
+        for n in "c/1", "c/2":
+            place.delete([f"seals/{n}.json"])
+        place.delete(list(place.keys("refs")))
+        monkeypatch.setattr(retention, "FRESH", 0)
+        time.sleep(0.1)
+        prune(place, grace=1000)
+        time.sleep(0.1)
+        marked = bill.lifecycle(store, 30, yes=True, grace=0)["marks"]
+        assert marked == 2 and {k for k, t in place.custom_times().items() if t not in (COLD, WARM)}.isdisjoint(cold)
+
+
+@pytest.mark.parametrize("how", ["refer", "a look too early"])
+def test_a_ref_that_comes_while_blobs_are_marked(server, folder, monkeypatch, how):
+    with server("s3").environ() as s3:
+        store, cold = cooling(s3.url, folder)
+        place, came = store.place, []
+        mark = type(place).mark
+
+        def marked(self, key, how_):
+            mark(self, key, how_)
+            if how_ == "cold" and not came:
+                came.append(key)
+                if how == "refer":
+                    Store(store.url).refer("models/a/old", "c/1")
+                else:
+                    place.create("refs/models/a/old/1.json", b'{"name": "c/1"}')
+
+        monkeypatch.setattr(type(place), "mark", marked)
+        bill.lifecycle(store, cold_after=30, cold_class="GLACIER_IR", yes=True)
+        assert came and tags_of(place) == {}
+        assert store.refs("models") == {"models/a/current": "c/2", "models/a/old": "c/1"} and cold
+
+
+def test_a_sync_brings_a_ref_to_what_was_marked(server, folder, tmp_path):
+    with server("s3").environ() as s3:
+        store, cold = cooling(s3.url, folder)
+        other = Store(tmp_path / "other")
+        other.sync(store)
+        bill.lifecycle(store, cold_after=30, cold_class="GLACIER_IR", yes=True)
+        assert tags_of(store.place).keys() == cold
+        other.refer("models/a/old", "c/1")
+        assert other.sync(store)[0].refs == ["models/a/old"] and tags_of(store.place) == {}
+
+
+def test_a_mark_of_gcs_does_not_make_a_blob_younger():
+    "A mark or a move to another class updates an object; it was written when it was created."
+    then, now = "2026-01-01T00:00:00Z", "2026-06-01T00:00:00Z"
+    when = datetime.fromisoformat
+    assert _when({"timeCreated": then, "updated": now, "mtime": when(now), "ctime": when(then)}) == when(then).timestamp()
+
+
+def test_what_a_lifecycle_refuses(server):
+    with server("gcs").environ() as gcs:
+        store = Store(f"{gcs.url.rstrip('/')}/refused")
+        for how, said in (({}, "one of the two"), (dict(cold_after=3), "needs both"), (dict(cold_class="NEARLINE"), "needs both"),
+                          (dict(cold_after=3, cold_class="GLACIER"), "it has NEARLINE, COLDLINE, ARCHIVE"), (dict(delete_after=-1), "from 1 on")):
+            with pytest.raises(Refused, match=said):
+                bill.lifecycle(store, **how)
 
 
 def test_the_commands(cli, env, folder):

@@ -125,7 +125,7 @@ def telling(url:str) -> Iterator[None]:
         if (told := explain(e, url)) is None: raise
         raise told from e
 
-# %% ../nbs/02_place.ipynb #e23367c7
+# %% ../nbs/02_place.ipynb #4574d20b
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -166,6 +166,9 @@ class Place:
     def keep(self, key:str, path:Path, size:int, digest:str) -> None:
         "`put`, unless it is there."
         if not self.has(key, size, digest): self.put(key, path, digest)
+
+    def cools(self) -> bool: return False  # Whether some of its files may be marked to move to a colder class by themselves
+    def mark(self, key:str, how:str) -> None: "Mark a file for the rules of its bucket: 'condemned', 'cold', or 'warm', which takes 'cold' back."
 
     def session(self) -> str: return ''  # Through which cache it is seen: reading back in the same one proves nothing; '' where none is between
     def tag(self, key:str) -> str:

@@ -217,7 +217,7 @@ class Job:
         self.seal(None, 'report', meta=doc)
         return read_report(self.store, self.base) or {}
 
-# %% ../nbs/09_recipe.ipynb #2c4f5145
+# %% ../nbs/09_recipe.ipynb #26407a0a
 @contextlib.contextmanager
 def begin(
     station:str,            # 'setup', 'train', 'embed' or 'export'
@@ -227,8 +227,9 @@ def begin(
     params = params | {k: str(params[k]) for k in ('run', 'step')}  # papermill reads `-p run 2024` as a number
     for key in ('run', 'step'): check_name(params[key])
     if '/' in params['run'] or '/' in params['step']: raise Refused(f"run={params['run']!r}, step={params['step']!r}: a name of a run or step has no slash")
-    params = params | {'store': params['store'] or settings()['store']}
-    store = Store(params['store'], mirror=settings()['mirror'])
+    said = settings(params['store'])
+    params = params | {'store': said['store']}
+    store = Store(said['store'], mirror=said['mirror'])
     def stop(*_): raise Interrupted(f"{params['run']}/{params['step']} was asked to stop; what is sealed stays, and the same command goes on from there")
     main = threading.current_thread() is threading.main_thread()
     store.place.sweep()  # before the lease: what fails between taking it and `try` would keep it
@@ -304,7 +305,7 @@ def load_recipe(
             s[key] = check_value(f"{s['step']}.{key}", s[key], defaults[key])
     return steps
 
-# %% ../nbs/09_recipe.ipynb #b489e204
+# %% ../nbs/09_recipe.ipynb #6457e14e
 def run_recipe(
     recipe:str|Path,               # A YAML file or a packaged recipe's name
     run:str,                       # The run's name; the same name goes on
@@ -314,8 +315,9 @@ def run_recipe(
     take_over:bool=False,          # Take the run from another writer
 ) -> dict[str,Any]:                # 'steps': their reports; 'notebooks': seals of the executed notebooks
     "Run a recipe's steps as notebooks, those that are not finished."
-    steps, store = load_recipe(recipe, changes), store or settings()['store']
-    place, reports, notebooks = Store(store, mirror=settings()['mirror']), [], {}
+    steps, said = load_recipe(recipe, changes), settings(store)
+    store, reports, notebooks = said['store'], [], {}
+    place = Store(store, mirror=said['mirror'])
     for s in steps:
         if s.get('cache'): os.environ['WAYSTATION_CACHE'] = str(s['cache'])  # a kernel cannot set it for the next one
         params = station_parameters(s['station']) | {k: v for k, v in s.items() if k != 'station'}

@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['SMALL', 'ALL_SMALL', 'PACKED', 'PACK', 'is_name', 'check_name', 'by_number', 'Seal', 'content_of', 'hash_file',
-           'fingerprint', 'check_path', 'read_manifest', 'read_ref', 'find_files', 'describe', 'plain', 'new_manifest',
-           'cut_packs', 'sort_out', 'blob_key', 'seal_key', 'verified_key', 'lost']
+           'fingerprint', 'check_path', 'read_manifest', 'read_ref', 'keep_warm', 'find_files', 'describe', 'plain',
+           'new_manifest', 'cut_packs', 'sort_out', 'blob_key', 'seal_key', 'verified_key', 'lost']
 
-# %% ../nbs/03_seal.ipynb #4dfb6f9e
+# %% ../nbs/03_seal.ipynb #677c2bc4
 import base64, binascii, hashlib, json, re, secrets, stat, unicodedata
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-from .place import CHUNK, changed
+from .place import CHUNK, Place, changed
 from .runtime import Refused, process, redact
 
 # %% ../nbs/03_seal.ipynb #f6e16486
@@ -39,7 +39,7 @@ def by_number(
     def key(w:str): return (0, int(w), '') if w.isdecimal() else (2, int(w[1:]), '') if w[:1] == 'v' and w[1:].isdecimal() else (1, 0, w)
     return [key(w) for w in name.split('/')]
 
-# %% ../nbs/03_seal.ipynb #73758c18
+# %% ../nbs/03_seal.ipynb #ab6d2837
 @dataclass(frozen=True)
 class Seal:
     "A committed set of files, as its manifest tells it."
@@ -93,7 +93,7 @@ def fingerprint(
     if path.is_file(): return hash_file(path)
     return _sha256(_json({f.relative_to(path).as_posix(): hash_file(f) for f in sorted(path.rglob('*')) if f.is_file()}))
 
-# %% ../nbs/03_seal.ipynb #f3f18844
+# %% ../nbs/03_seal.ipynb #a7ba09c3
 _HEX = re.compile(r'[0-9a-f]{64}')
 _DEVICE = re.compile(r'(con|prn|aux|nul|com[0-9]|lpt[0-9])(\..*)?', re.I)  # Windows opens the device, whatever the folder
 
@@ -164,7 +164,12 @@ def read_ref(ref:str, data:bytes) -> str: # The seal's name
     except (ValueError, KeyError, TypeError, RecursionError) as e:
         raise Refused(f"ref {ref!r} has a damaged entry ({e}); point it at a seal that is there with a newer entry, or remove this one") from e
 
-# %% ../nbs/03_seal.ipynb #c35ec682
+# %% ../nbs/03_seal.ipynb #d1ce3541
+def keep_warm(place:Place, name:str) -> None:
+    "Let no rule of a bucket move the files of this seal from now on."
+    if place.cools(): place.each(lambda d: place.mark(blob_key(d), 'warm'), read_manifest(name, place.read(seal_key(name))).blobs)
+
+# %% ../nbs/03_seal.ipynb #0f3cdcd7
 SMALL, ALL_SMALL = 64 << 10, 1 << 20  # Bytes of a file that travels in the manifest, and of all such files of a seal
 PACKED, PACK = 1 << 20, 1 << 20       # Bytes of a file that travels in a pack, and of the least pack; the largest has three times that
 
@@ -208,7 +213,7 @@ def new_manifest(
                 writer=f'{process()}/{secrets.token_hex(4)}', checked=checked) | (dict(session=session) if session else {})
     return _json(dict(sha256=_sha256(_json(body)), body=body))
 
-# %% ../nbs/03_seal.ipynb #c6e32a6c
+# %% ../nbs/03_seal.ipynb #e7ed6439
 def cut_packs(
     sizes:dict[str,int], # Relative path -> bytes
 ) -> list[list[str]]:    # Neighbours by name; the same for the same names and sizes
@@ -222,7 +227,7 @@ def cut_packs(
         filled += sizes[rel]
     return packs
 
-# %% ../nbs/03_seal.ipynb #13937182
+# %% ../nbs/03_seal.ipynb #6e4d7997
 def sort_out(
     sizes:dict[str,int], # Relative path -> bytes
 ) -> tuple[list[str],list[str],list[str]]: # Paths, the largest last in each

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #040e0b86
+# %% ../nbs/06_store.ipynb #1e2e9662
 import base64, errno, hashlib, json, logging, os, re, shutil, tempfile, time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -20,11 +20,11 @@ from .place import Place, changed, still_there
 from .remotes import open_place
 from .retention import FRESH, Condemned, prune
 from .runtime import Refused
-from .seal import (Seal, blob_key, by_number, check_name, content_of, cut_packs, describe, find_files, hash_file, is_name, lost, new_manifest,
-                             plain, read_manifest, read_ref, seal_key, sort_out, verified_key)
+from .seal import (Seal, blob_key, by_number, check_name, content_of, cut_packs, describe, find_files, hash_file, is_name, keep_warm, lost,
+                             new_manifest, plain, read_manifest, read_ref, seal_key, sort_out, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #a473b005
+# %% ../nbs/06_store.ipynb #68636921
 log = logging.getLogger('waystation')
 
 def _sha256(chunks:Iterable[bytes]) -> str:
@@ -296,12 +296,14 @@ class Store:
         check_name(ref)
         if self.has(ref): raise Refused(f"{ref!r} is a seal already; a name is a seal or a ref, never both: choose another")
         name = self.resolve(name)
+        keep_warm(self.place, name)  # before, so that a kill leaves no ref to what may grow cold
         while True:
             last = self._last_ref(ref)
             if last and last[1] == name: return
             if self.place.create(f'refs/{ref}/{last[0] + 1 if last else 1}.json', json.dumps(dict(name=name)).encode()): break
         if not self.has(name):  # a prune that looked at the refs a moment too early; it puts back what it sees to be named
             raise Refused(f"seal {name!r} was removed by a prune just now, so {ref!r} names nothing; point it at another seal")
+        keep_warm(self.place, name)  # after: a `lifecycle` may have looked at the refs in between
         if self.mirror: self.mirror.note('ref', ref)
 
     def _last_ref(self, ref:str) -> tuple[int,str]|None:

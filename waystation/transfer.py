@@ -6,7 +6,7 @@
 __all__ = ['log', 'Tick', 'BATCH', 'Files', 'moved', 'on_disk', 'Known', 'Content', 'digest_of', 'copy', 'Moved', 'sync',
            'Mirror']
 
-# %% ../nbs/05_transfer.ipynb #9d5f6fb9
+# %% ../nbs/05_transfer.ipynb #10ad34c8
 import contextlib, errno, hashlib, json, logging, os, re, secrets, shutil, stat, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -17,7 +17,7 @@ from .place import CHUNK, Entry, Folder, Place, _publish, explain
 from .remotes import open_place
 from .retention import Condemned
 from .runtime import Interrupted, Refused, cache, is_alive, process, redact
-from .seal import Seal, blob_key, check_name, hash_file, lost, read_manifest, seal_key
+from .seal import Seal, blob_key, check_name, hash_file, keep_warm, lost, read_manifest, seal_key
 
 log = logging.getLogger('waystation')
 Tick = Callable[[int,int],Any]  # (what was just done, what there is in all): bytes for `copy`, seals for `sync`
@@ -383,7 +383,7 @@ def _send_blob(src:Place, dst:Place, guard:Condemned, digest:str, size:int, name
     guard.stored(digest)
     moved.blobs += 1; moved.bytes += size
 
-# %% ../nbs/05_transfer.ipynb #071324f0
+# %% ../nbs/05_transfer.ipynb #0e59dfcc
 def _extend(dst:Place, ref:str, old:dict[int,str], new:dict[int,str], here:Callable[[str],bool], moved:Moved) -> None:
     "Append to a ref's log what the other side has more. An entry whose seal is not here is left out, so that no reader is led to nothing."
     more = [n for n in sorted(new) if n > max(old, default=0)]
@@ -392,9 +392,10 @@ def _extend(dst:Place, ref:str, old:dict[int,str], new:dict[int,str], here:Calla
         return
     for n in more:
         if not here(new[n]): continue
+        keep_warm(dst, new[n])
         if not dst.create(f'refs/{ref}/{n}.json', json.dumps(dict(name=new[n])).encode()):
             moved.conflicts.append(f"ref {ref!r} was moved in {dst.url} just now; run it again to compare"); return
-    if more: moved.refs.append(ref)
+    if more: moved.refs.append(ref); keep_warm(dst, new[more[-1]])
 
 def _send_refs(src:Place, dst:Place, refs:Iterable[str], logs:tuple[dict,dict], torn:set[str], moved:Moved) -> None:
     "Extend the logs of `dst` that end before those of `src`."
