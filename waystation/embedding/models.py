@@ -67,7 +67,7 @@ def _refuse(raw:Mapping[str,Any], where:Path) -> None:
     if raw.get('auto_map') and not (kind == 'esm' and 'add_bias_fnn' in raw): bad.append(f"auto_map={raw['auto_map']!r} (none)")
     if bad: raise Refused(f"{where} asks for {', '.join(bad)}; choose a BERT-type encoder such as asset:minilm")
 
-# %% ../../nbs/embedding/20_models.ipynb #be0cd06b
+# %% ../../nbs/embedding/20_models.ipynb #24c17fdc
 SIZES = dict(vocab='vocab_size', dim='hidden_size', layers='num_hidden_layers', heads='num_attention_heads',
              hidden='intermediate_size', positions='max_position_embeddings')
 
@@ -75,27 +75,26 @@ def read_config(
     folder:str|Path, # Model folder with config.json
 ) -> Config:
     "The sizes in config.json; whatever the encoder does not implement is refused by name."
-    raw, kind = _json(Path(folder)/'config.json'), ''
+    raw = _json(Path(folder)/'config.json')
     _refuse(raw, Path(folder)/'config.json')
     kind = raw.get('model_type', 'bert')
     need = [*SIZES.values(), *(['pad_token_id'] if kind == 'esm' else []), *(['mask_token_id'] if raw.get('token_dropout') else [])]
     if missing := [k for k in need if raw.get(k) is None]:
         raise Refused(f"{folder}/config.json lacks {', '.join(missing)}; it must name the sizes of a BERT-type encoder")
     pad = 1 if kind == 'mpnet' else int(raw.get('pad_token_id') or (0 if kind in ('bert', 'esm') else 1))
-    own:dict[str,Any] = {}
-    if kind in ('bert', 'roberta', 'xlm-roberta'): own = dict(types=int(raw.get('type_vocab_size', 2)))
-    if kind == 'mpnet': own = dict(family='mpnet', buckets=32)
+    own:dict[str,Any] = {k: int(raw[v]) for k, v in SIZES.items()}
+    if kind in ('bert', 'roberta', 'xlm-roberta'): own |= dict(types=int(raw.get('type_vocab_size', 2)))
+    if kind == 'mpnet': own |= dict(family='mpnet', buckets=32)
     if kind == 'esm':
-        own = dict(family='esm', pre=True, norm_first=bool(raw.get('emb_layer_norm_before')), rotary=raw.get('position_embedding_type') == 'rotary',
-                   mask=int(raw['mask_token_id']) if raw.get('token_dropout') else -1, gated='add_bias_fnn' in raw, bias=bool(raw.get('add_bias_fnn', True)))
-    c = Config(**{k: int(raw[v]) for k, v in SIZES.items()}, eps=float(raw.get('layer_norm_eps', 1e-12)), pad=pad,
-               first=0 if kind == 'bert' else pad + 1, **own)
+        own |= dict(family='esm', pre=True, norm_first=bool(raw.get('emb_layer_norm_before')), rotary=raw.get('position_embedding_type') == 'rotary',
+                    mask=int(raw['mask_token_id']) if raw.get('token_dropout') else -1, gated='add_bias_fnn' in raw, bias=bool(raw.get('add_bias_fnn', True)))
+    c = Config(eps=float(raw.get('layer_norm_eps', 1e-12)), pad=pad, first=0 if kind == 'bert' else pad + 1, **own)
     if c.dim % c.heads: raise Refused(f"hidden_size={c.dim} must divide by num_attention_heads={c.heads}")
     if c.rotary and c.dim // c.heads % 2: raise Refused(f"position_embedding_type='rotary' needs heads of an even width, not {c.dim // c.heads}")
     return c
 
-# %% ../../nbs/embedding/20_models.ipynb #86da1bfe
-_ESM = dict(family='esm', pre=True, norm_first=False, pad=1, first=2)
+# %% ../../nbs/embedding/20_models.ipynb #61cb1bb7
+_ESM:dict[str,Any] = dict(family='esm', pre=True, norm_first=False, pad=1, first=2)
 PRESETS = {  # sizes as published in config.json of the named repository of the Hugging Face hub
     # sentence-transformers/all-MiniLM-L6-v2
     'minilm': Config(30522, 384, 6, 12, 1536, 512, 1e-12, 0, types=2),
@@ -156,12 +155,13 @@ def shapes(
     size['3'] = 3
     return {name: tuple(size[a] for a in (axes.replace('NH', 'D') if joined else axes)) for name, (axes, _) in table(c).items()}
 
-# %% ../../nbs/embedding/20_models.ipynb #117cd8ac
+# %% ../../nbs/embedding/20_models.ipynb #877c591c
 class Checkpoint(Mapping[str,np.ndarray]):
     "The arrays in a folder's safetensors files, each read when it is asked for."
     def __init__(self, folder:str|Path):
         from safetensors import SafetensorError, safe_open
-        folder, self.files = Path(folder), {}
+        folder = Path(folder)
+        self.files:dict[str,Any] = {}
         index, single = folder/'model.safetensors.index.json', folder/'model.safetensors'
         paths = sorted({folder/f for f in _json(index)['weight_map'].values()}) if index.exists() and not single.exists() else [single]
         if lost := [p.name for p in paths if not p.exists()]:
