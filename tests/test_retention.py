@@ -393,11 +393,11 @@ def test_a_sync_beside_a_prune_that_is_deleting(folder, monkeypatch, tmp_path):
 
         def slow(name, begun=begun, original=original):
             original(name)
-            if name == "delete" and threading.current_thread().name == "pruning":
+            if name == "delete" and threading.current_thread().name == "prune":
                 begun.set()
                 time.sleep(0.03)
 
-        pruning = threading.Thread(target=prune, args=(place,), name="pruning")
+        pruning = threading.Thread(target=prune, args=(place,), name="prune")
         place._call = slow
         pruning.start()
         if deleting:
