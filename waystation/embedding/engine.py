@@ -6,7 +6,7 @@
 __all__ = ['log', 'OURS', 'T', 'Model', 'open_model', 'chunks', 'Cut', 'kept_columns', 'Pieces', 'pieces', 'Shard', 'refuse_long',
            'prepare', 'ahead', 'flow', 'write_shard', 'read_shards', 'embed_rows', 'totals', 'embed_texts']
 
-# %% ../../nbs/embedding/23_engine.ipynb #41784487
+# %% ../../nbs/embedding/23_engine.ipynb #2e5b1404
 import contextlib, functools, json, logging, queue, shutil, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -19,7 +19,8 @@ import jax, numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 from flax import nnx
 
-from .encoder import Config, Recipe, Tokenizer, load, read_recipe, read_tokenizer, vectors
+from .devices import Limit, Program, find_chips, on_host, stream
+from .encoder import TABLE, Config, Recipe, Tokenizer, load, read_recipe, read_tokenizer, vectors
 from .packing import WIDTHS, Packed, choose, lay
 from ..monitor import Monitor, progress
 from ..recipe import Job
@@ -28,7 +29,7 @@ from ..runtime import Refused, host_memory
 
 log = logging.getLogger('waystation')
 
-# %% ../../nbs/embedding/23_engine.ipynb #5527bce2
+# %% ../../nbs/embedding/23_engine.ipynb #b4f62a8b
 @dataclass(frozen=True)
 class Model:
     "A model folder, ready to turn packed rows into vectors."
@@ -37,7 +38,9 @@ class Model:
     recipe:Recipe
     tokenizer:Tokenizer
     run:Callable[...,jax.Array]   # (tokens, positions, segments, S) -> float32 [B, S, D]
-    batch_tokens:int              # Slots a batch
+    batch_tokens:int              # Slots a batch, over all chips
+    limit:Limit = field(default_factory=Limit)  # What is known of memory
+    program:Program|None = None   # What `run` is, when JAX computes
 
     @property
     def room(self) -> int:
@@ -48,27 +51,37 @@ class Model:
     def about(self) -> dict[str,Any]:
         "What a report says of it; `weights` is what config.json says of untrained ones."
         weights = json.loads((self.folder/'config.json').read_text(encoding='utf-8')).get('weights', '')
-        return dict(weights=weights, dim=self.config.dim, pooling=self.recipe.pooling, normalized=self.recipe.normalize, max_tokens=self.recipe.max_tokens)
+        return dict(weights=weights, dim=self.config.dim, pooling=self.recipe.pooling, normalized=self.recipe.normalize,
+                    max_tokens=self.recipe.max_tokens, **(self.program.chips.about if self.program else {}))
 
-# %% ../../nbs/embedding/23_engine.ipynb #7e82edce
+    def news(self, since:dict[str,int]|None=None) -> tuple[dict[str,list],dict[str,int]]: # What happened since, and until when
+        "Which shapes were compiled, and which batches did not fit into memory."
+        lists = dict(compiled=self.program.shapes if self.program else [], out_of_memory=self.limit.events)
+        return {k: v[(since or {}).get(k, 0):] for k, v in lists.items()}, {k: len(v) for k, v in lists.items()}
+
+# %% ../../nbs/embedding/23_engine.ipynb #52656226
 @functools.lru_cache(maxsize=2)
 def open_model(
     folder:str|Path,  # Model folder
     pooling:str='',   # 'mean' or 'cls'; '': what the model says
     max_tokens:int=0, # 0: what the model says
+    device:str='',    # 'tpu', 'gpu' or 'cpu'; '': the first that is there
+    tensor:int=1,     # Chips that share one copy of the weights
 ) -> Model:
     "Read settings, tokenizer and weights, and compile on first use."
     recipe, tokenizer = read_recipe(folder, pooling, max_tokens), read_tokenizer(folder)
     if recipe.max_tokens <= tokenizer.extra:
         raise Refused(f"max_tokens={recipe.max_tokens} leaves no room beside {tokenizer.extra} special tokens; use {tokenizer.extra + 1} or more")
-    encoder = load(folder)
+    chips = find_chips(device, tensor)
+    with on_host(): encoder = load(folder)
     graph, weights = nnx.split(encoder)
-    @functools.partial(jax.jit, static_argnums=4)
     def run(weights:Any, tokens:jax.Array, positions:jax.Array, segments:jax.Array, n:int) -> jax.Array:
         return vectors(nnx.merge(graph, weights), tokens, positions, segments, n, recipe.pooling, recipe.normalize)
     # A CPU is busy with 2,048 slots, and smaller batches waste less at a shard's end; an accelerator needs more at once.
-    size = 2048 if jax.default_backend() == 'cpu' else 32768
-    return Model(Path(folder), encoder.config, recipe, tokenizer, functools.partial(run, weights), size)
+    # More chips do not make the batch larger until each has 4,096 slots: a shard must fill it.
+    size = 2048 if chips.kind == 'cpu' else max(32768, 4096 * chips.data)
+    program = Program(chips, run, weights, {name: axes for name, (axes, _) in TABLE.items()})
+    return Model(Path(folder), encoder.config, recipe, tokenizer, program, size, program.kept.limit, program)
 
 # %% ../../nbs/embedding/23_engine.ipynb #9189df49
 def chunks(
@@ -121,7 +134,7 @@ def kept_columns(
                       f"and must not be one of {', '.join(OURS)}, which every shard has; leave it out, or rename it in the source")
     return names
 
-# %% ../../nbs/embedding/23_engine.ipynb #fb099e5d
+# %% ../../nbs/embedding/23_engine.ipynb #4f5f9699
 @dataclass
 class Pieces:
     "Token rows to encode, and which text each belongs to: several, when a long text is averaged over windows."
@@ -152,7 +165,7 @@ def pieces(
     cut = [(i, x[k:k + room]) for i, x in enumerate(ids) for k in range(0, len(x) if windows else 1, room)]
     texts, c = [model.tokenizer.wrap(x) for _, x in cut], model.config
     widths = sorted({*WIDTHS, -(-((usual or room) + model.tokenizer.extra) // 16) * 16})
-    packed, size = choose([len(t) for t in texts], model.batch_tokens, 8 * c.dim**2 + 4 * c.dim * c.hidden, 4 * c.dim, widths)
+    packed, size = choose([len(t) for t in texts], model.batch_tokens, 8 * c.dim**2 + 4 * c.dim * c.hidden, 4 * c.dim, widths, model.limit.multiple)
     rows = lay(packed, texts, c.pad, size)
     batches = [(rows[0][k:k + size], rows[1][k:k + size], rows[2][k:k + size]) for k in range(0, len(rows[0]), size)]
     return Pieces(np.array([i for i, _ in cut]), np.array([len(x) for _, x in cut]), packed, batches)
@@ -259,26 +272,17 @@ def ahead(
         stopped.set()
         thread.join()
 
-# %% ../../nbs/embedding/23_engine.ipynb #eec16d33
+# %% ../../nbs/embedding/23_engine.ipynb #4dda3f70
 def flow(
     model:Model,
     shards:Iterable[Shard],
     depth:int=4,  # Batches under way
 ) -> Generator[tuple[Shard,np.ndarray],None,None]: # Each shard with its vectors [n, D] float32
     "Send batch after batch to the device; hand out each shard when its last one is back."
-    sent:deque[tuple[Shard,jax.Array|None,bool]] = deque()
-    def oldest() -> Iterator[tuple[Shard,np.ndarray]]:
-        shard, y, last = sent.popleft()
-        if y is not None: shard.pieces.results.append(np.asarray(y))
-        if last and y is None: yield shard, np.zeros((0, model.config.dim), np.float32)
-        elif last: yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize)
-    for shard in shards:
-        batches = shard.pieces.batches
-        for k, batch in enumerate(batches):
-            sent.append((shard, model.run(*batch, shard.pieces.packed.width // 8), k + 1 == len(batches)))
-            while len(sent) > depth: yield from oldest()
-        if not batches: sent.append((shard, None, True))  # every row was set aside
-    while sent: yield from oldest()
+    work = ((s, s.pieces.batches, s.pieces.packed.width // 8) for s in shards)
+    for shard, results in stream(model.run, work, model.limit, depth):
+        shard.pieces.results += results  # none when every row was set aside
+        yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize) if results else np.zeros((0, model.config.dim), np.float32)
 
 # %% ../../nbs/embedding/23_engine.ipynb #b682b554
 def write_shard(
@@ -321,7 +325,7 @@ def read_shards(
                 waiting = both.slice(size).to_batches()
         if waiting: yield wanted.popleft(), pa.Table.from_batches(waiting).combine_chunks().to_batches()[0]
 
-# %% ../../nbs/embedding/23_engine.ipynb #dd3f05f2
+# %% ../../nbs/embedding/23_engine.ipynb #c1f30de7
 def embed_rows(
     job:Job,
     rows:Rows,
@@ -335,24 +339,28 @@ def embed_rows(
     metas = {int(name.rsplit('/', 1)[1]): job.store.read(name).meta for name in job.names('shards')}
     found, todo = len(metas), [i for i in range(-(-scan.n_rows // shard_rows)) if i not in metas]
     log.info('%d shards are sealed already, %d to compute', found, len(todo))
+    if model.program and todo: model.program.kept.fetch(job.store)
     work = (prepare(model, i, i * shard_rows, batch, cut, scan.duplicates) for i, batch in read_shards(rows, todo, shard_rows))
     done = sum(m['source_rows'] for m in metas.values())
     # closing: whatever happens here, the thread has ended before another process may write this run
     with (progress(scan.n_rows, 'embed', 'row', done) as bar, Monitor(job, job.params) as mon,
           contextlib.closing(ahead(work)) as prepared, contextlib.closing(flow(model, prepared)) as computed):
-        since = time.monotonic()
+        since, (_, told) = time.monotonic(), model.news()
         for shard, y in computed:
             folder = job.work/f'shard-{shard.number}'
             meta = write_shard(folder, shard, y, dtype)
             meta['seconds'], since = round(time.monotonic() - since, 3), time.monotonic()
+            new, told = model.news(told)
+            meta |= {k: v for k, v in new.items() if v}  # while later batches are under way: in the shard during which it happened
             job.seal(folder, 'shards', shard.number, meta)
+            if model.program: model.program.kept.keep(job.store)  # not at the end: a borrowed machine may not see it
             shutil.rmtree(folder)
             metas[shard.number] = meta
             bar.update(shard.source_rows)
             mon.log(_figures(meta), step=shard.number)
     return totals(metas.values(), cut) | dict(shards_found=found, shards_computed=len(todo))
 
-# %% ../../nbs/embedding/23_engine.ipynb #a58c7da3
+# %% ../../nbs/embedding/23_engine.ipynb #61f74206
 def _figures(meta:Mapping[str,Any]) -> dict[str,float]:
     "What is worth a curve."
     seconds = max(meta['seconds'], 1e-3)
@@ -367,7 +375,8 @@ def totals(metas:Iterable[Mapping[str,Any]], cut:Cut) -> dict[str,Any]: # Plain 
     for m in ms: reasons.update(m['reasons'])
     return dict(rows=add('rows'), source_rows=add('source_rows'), quarantined=add('quarantined'), quarantine_reasons=dict(reasons),
                 truncated=add('long') * (cut.on_long == 'truncate'), windowed=add('long') * (cut.on_long == 'window'), shards=len(ms),
-                tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4), rows_per_second=round(add('rows') / max(add('seconds'), 1e-3), 1))
+                tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4), rows_per_second=round(add('rows') / max(add('seconds'), 1e-3), 1),
+                **{k: [x for m in ms for x in m.get(k, [])] for k in ('compiled', 'out_of_memory')})
 
 # %% ../../nbs/embedding/23_engine.ipynb #33d88d88
 def embed_texts(
