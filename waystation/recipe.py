@@ -24,9 +24,9 @@ from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #909d75b3
+# %% ../nbs/09_recipe.ipynb #1a75faa5
 # Parameters that say how a step is run, not what it computes.
-HOW = ('run', 'store', 'step', 'restart', 'take_over', 'cache', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
+HOW = ('run', 'store', 'step', 'restart', 'take_over', 'cache', 'device', 'tensor', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
 INPUTS = ('model', 'data', 'eval_data', 'source', 'metadata', 'questions')
 
 def locate(

@@ -6,7 +6,7 @@
 __all__ = ['log', 'OURS', 'T', 'Model', 'open_model', 'chunks', 'Cut', 'kept_columns', 'Pieces', 'pieces', 'Shard', 'refuse_long',
            'prepare', 'ahead', 'flow', 'write_shard', 'read_shards', 'embed_rows', 'totals', 'embed_texts']
 
-# %% ../../nbs/embedding/23_engine.ipynb #1bbee630
+# %% ../../nbs/embedding/23_engine.ipynb #6ca3964f
 import contextlib, functools, json, logging, queue, shutil, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -19,8 +19,9 @@ import jax, numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 from flax import nnx
 
-from .encoder import attention_for, load, precision_for, vectors
-from .models import Config, Recipe, read_recipe
+from .devices import Limit, Program, find_chips, on_host, stream
+from .encoder import attend, attention_for, load, precision_for, vectors
+from .models import Config, Recipe, read_recipe, table
 from .packing import WIDTHS, Packed, choose, lay
 from .tokens import Tokenizer, prompted, read_tokenizer
 from ..monitor import Monitor, progress
@@ -30,7 +31,7 @@ from ..runtime import Refused, host_memory
 
 log = logging.getLogger('waystation')
 
-# %% ../../nbs/embedding/23_engine.ipynb #cae5b6a9
+# %% ../../nbs/embedding/23_engine.ipynb #2c8555cc
 @dataclass(frozen=True)
 class Model:
     "A model folder, ready to turn packed rows into vectors."
@@ -40,8 +41,10 @@ class Model:
     tokenizer:Tokenizer
     run:Callable[...,jax.Array]   # (tokens, positions, segments, S) -> float32 [B, S, D]
     dtype:str                     # What it computes in
-    batch_tokens:int              # Slots a batch
+    batch_tokens:int              # Slots a batch, over all chips
     grain:int                     # A row's width is a multiple of this
+    limit:Limit = field(default_factory=Limit)  # What is known of memory
+    program:Program|None = None   # What `run` is, when JAX computes
 
     @property
     def room(self) -> int:
@@ -53,9 +56,15 @@ class Model:
         "What a report says of it; `weights` is what config.json says of untrained ones."
         weights = json.loads((self.folder/'config.json').read_text(encoding='utf-8')).get('weights', '')
         r = self.recipe
-        return dict(weights=weights, dim=r.dimensions, computed_in=self.dtype, pooling=r.pooling, normalized=r.normalize, max_tokens=r.max_tokens)
+        return dict(weights=weights, dim=r.dimensions, computed_in=self.dtype, pooling=r.pooling, normalized=r.normalize, max_tokens=r.max_tokens,
+                    **(self.program.chips.about if self.program else {}))
 
-# %% ../../nbs/embedding/23_engine.ipynb #173be3b0
+    def news(self, since:dict[str,int]|None=None) -> tuple[dict[str,list],dict[str,int]]: # What happened since, and until when
+        "Which shapes were compiled, and which batches did not fit into memory."
+        lists = dict(compiled=self.program.shapes if self.program else [], out_of_memory=self.limit.events)
+        return {k: v[(since or {}).get(k, 0):] for k, v in lists.items()}, {k: len(v) for k, v in lists.items()}
+
+# %% ../../nbs/embedding/23_engine.ipynb #51355697
 @functools.lru_cache(maxsize=2)
 def open_model(
     folder:str|Path,  # Model folder
@@ -63,23 +72,29 @@ def open_model(
     max_tokens:int=0, # 0: what the model says
     dimensions:int=0, # Numbers a vector, for models trained to be cut short; 0: all
     prompt:str='',    # Name of one of the model's prompts; '': its default, else none
+    device:str='',    # 'tpu', 'gpu' or 'cpu'; '': the first that is there
+    tensor:int=1,     # Chips that share one copy of the weights
 ) -> Model:
     "Read settings, tokenizer and weights, and compile on first use."
     recipe = read_recipe(folder, pooling, max_tokens, dimensions, prompt)
-    tokenizer, device = prompted(read_tokenizer(folder), recipe.prompt), jax.devices()[0]
+    tokenizer = prompted(read_tokenizer(folder), recipe.prompt)
     if recipe.max_tokens <= tokenizer.extra:
         raise Refused(f"max_tokens={recipe.max_tokens} leaves no room beside {tokenizer.extra} special tokens; use {tokenizer.extra + 1} or more")
-    dtype = precision_for(device)
-    encoder = load(folder, dtype, attention_for(device.device_kind))
+    chips = find_chips(device, tensor)
+    kind = chips.mesh.devices.flat[0]
+    dtype = precision_for(kind)
+    # the kernels of `attention_for` compute whole heads on one chip
+    with on_host(): encoder = load(folder, dtype, attention_for(kind.device_kind) if tensor == 1 else attend)
     if tokenizer.top >= encoder.config.vocab:  # JAX would look past the end of the table without a word
         raise Refused(f"{folder} has token ids up to {tokenizer.top}, but vocab_size={encoder.config.vocab}; tokenizer and weights are of two models")
     graph, weights = nnx.split(encoder)
-    @functools.partial(jax.jit, static_argnums=4)
     def run(weights:Any, tokens:jax.Array, positions:jax.Array, segments:jax.Array, n:int) -> jax.Array:
         return vectors(nnx.merge(graph, weights), tokens, positions, segments, n, recipe.pooling, recipe.normalize, recipe.dimensions)
     # A CPU is busy with 2,048 slots, and smaller batches waste less at a shard's end; an accelerator needs more at once, in tiles of 128.
-    size, grain = (2048, 16) if device.platform == 'cpu' else (32768, 128)
-    return Model(Path(folder), encoder.config, recipe, tokenizer, functools.partial(run, weights), str(dtype), size, grain)
+    # More chips do not make the batch larger until each has 4,096 slots: a shard must fill it.
+    size, grain = (2048, 16) if chips.kind == 'cpu' else (max(32768, 4096 * chips.data), 128)
+    program = Program(chips, run, weights, {name: axes for name, (axes, _) in table(encoder.config).items()})
+    return Model(Path(folder), encoder.config, recipe, tokenizer, program, str(dtype), size, grain, program.kept.limit, program)
 
 # %% ../../nbs/embedding/23_engine.ipynb #9189df49
 def chunks(
@@ -132,7 +147,7 @@ def kept_columns(
                       f"and must not be one of {', '.join(OURS)}, which every shard has; leave it out, or rename it in the source")
     return names
 
-# %% ../../nbs/embedding/23_engine.ipynb #b506d44d
+# %% ../../nbs/embedding/23_engine.ipynb #dd95dcb8
 @dataclass
 class Pieces:
     "Token rows to encode, and which text each belongs to: several, when a long text is averaged over windows."
@@ -163,7 +178,7 @@ def pieces(
     cut = [(i, x[k:k + room]) for i, x in enumerate(ids) for k in range(0, len(x) if windows else 1, room)]
     texts, c = [model.tokenizer.wrap(x) for _, x in cut], model.config
     widths = sorted({*WIDTHS, -(-((usual or room) + model.tokenizer.extra) // model.grain) * model.grain})
-    packed, size = choose([len(t) for t in texts], model.batch_tokens, 8 * c.dim**2 + 4 * c.dim * c.hidden, 4 * c.dim, widths)
+    packed, size = choose([len(t) for t in texts], model.batch_tokens, 8 * c.dim**2 + 4 * c.dim * c.hidden, 4 * c.dim, widths, model.limit.multiple)
     rows = lay(packed, texts, c.pad, size)
     batches = [(rows[0][k:k + size], rows[1][k:k + size], rows[2][k:k + size]) for k in range(0, len(rows[0]), size)]
     return Pieces(np.array([i for i, _ in cut]), np.array([len(x) for _, x in cut]), packed, batches)
@@ -270,26 +285,17 @@ def ahead(
         stopped.set()
         thread.join()
 
-# %% ../../nbs/embedding/23_engine.ipynb #45dd098d
+# %% ../../nbs/embedding/23_engine.ipynb #87cc2828
 def flow(
     model:Model,
     shards:Iterable[Shard],
     depth:int=4,  # Batches under way
 ) -> Generator[tuple[Shard,np.ndarray],None,None]: # Each shard with its vectors [n, D] float32
     "Send batch after batch to the device; hand out each shard when its last one is back."
-    sent:deque[tuple[Shard,jax.Array|None,bool]] = deque()
-    def oldest() -> Iterator[tuple[Shard,np.ndarray]]:
-        shard, y, last = sent.popleft()
-        if y is not None: shard.pieces.results.append(np.asarray(y))
-        if last and y is None: yield shard, np.zeros((0, model.recipe.dimensions), np.float32)
-        elif last: yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize)
-    for shard in shards:
-        batches = shard.pieces.batches
-        for k, batch in enumerate(batches):
-            sent.append((shard, model.run(*batch, shard.pieces.packed.width // 8), k + 1 == len(batches)))
-            while len(sent) > depth: yield from oldest()
-        if not batches: sent.append((shard, None, True))  # every row was set aside
-    while sent: yield from oldest()
+    work = ((s, s.pieces.batches, s.pieces.packed.width // 8) for s in shards)
+    for shard, results in stream(model.run, work, model.limit, depth):
+        shard.pieces.results += results  # none when every row was set aside
+        yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize) if results else np.zeros((0, model.recipe.dimensions), np.float32)
 
 # %% ../../nbs/embedding/23_engine.ipynb #b682b554
 def write_shard(
@@ -332,7 +338,7 @@ def read_shards(
                 waiting = both.slice(size).to_batches()
         if waiting: yield wanted.popleft(), pa.Table.from_batches(waiting).combine_chunks().to_batches()[0]
 
-# %% ../../nbs/embedding/23_engine.ipynb #dd3f05f2
+# %% ../../nbs/embedding/23_engine.ipynb #c1f30de7
 def embed_rows(
     job:Job,
     rows:Rows,
@@ -346,24 +352,28 @@ def embed_rows(
     metas = {int(name.rsplit('/', 1)[1]): job.store.read(name).meta for name in job.names('shards')}
     found, todo = len(metas), [i for i in range(-(-scan.n_rows // shard_rows)) if i not in metas]
     log.info('%d shards are sealed already, %d to compute', found, len(todo))
+    if model.program and todo: model.program.kept.fetch(job.store)
     work = (prepare(model, i, i * shard_rows, batch, cut, scan.duplicates) for i, batch in read_shards(rows, todo, shard_rows))
     done = sum(m['source_rows'] for m in metas.values())
     # closing: whatever happens here, the thread has ended before another process may write this run
     with (progress(scan.n_rows, 'embed', 'row', done) as bar, Monitor(job, job.params) as mon,
           contextlib.closing(ahead(work)) as prepared, contextlib.closing(flow(model, prepared)) as computed):
-        since = time.monotonic()
+        since, (_, told) = time.monotonic(), model.news()
         for shard, y in computed:
             folder = job.work/f'shard-{shard.number}'
             meta = write_shard(folder, shard, y, dtype)
             meta['seconds'], since = round(time.monotonic() - since, 3), time.monotonic()
+            new, told = model.news(told)
+            meta |= {k: v for k, v in new.items() if v}  # while later batches are under way: in the shard during which it happened
             job.seal(folder, 'shards', shard.number, meta)
+            if model.program: model.program.kept.keep(job.store)  # not at the end: a borrowed machine may not see it
             shutil.rmtree(folder)
             metas[shard.number] = meta
             bar.update(shard.source_rows)
             mon.log(_figures(meta), step=shard.number)
     return totals(metas.values(), cut) | dict(shards_found=found, shards_computed=len(todo))
 
-# %% ../../nbs/embedding/23_engine.ipynb #a58c7da3
+# %% ../../nbs/embedding/23_engine.ipynb #61f74206
 def _figures(meta:Mapping[str,Any]) -> dict[str,float]:
     "What is worth a curve."
     seconds = max(meta['seconds'], 1e-3)
@@ -378,7 +388,8 @@ def totals(metas:Iterable[Mapping[str,Any]], cut:Cut) -> dict[str,Any]: # Plain 
     for m in ms: reasons.update(m['reasons'])
     return dict(rows=add('rows'), source_rows=add('source_rows'), quarantined=add('quarantined'), quarantine_reasons=dict(reasons),
                 truncated=add('long') * (cut.on_long == 'truncate'), windowed=add('long') * (cut.on_long == 'window'), shards=len(ms),
-                tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4), rows_per_second=round(add('rows') / max(add('seconds'), 1e-3), 1))
+                tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4), rows_per_second=round(add('rows') / max(add('seconds'), 1e-3), 1),
+                **{k: [x for m in ms for x in m.get(k, [])] for k in ('compiled', 'out_of_memory')})
 
 # %% ../../nbs/embedding/23_engine.ipynb #224607da
 def embed_texts(

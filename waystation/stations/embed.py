@@ -21,7 +21,7 @@ def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #93afe070
+# %% ../../nbs/stations/3_embed.ipynb #0e5f2b5a
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -44,6 +44,8 @@ def embed(
     shard_rows:int=1024,          # Source rows a shard: what a kill can cost
     dtype:str='float32',          # How vectors are kept: float32 or float16
     engine:str='jax',             # What computes: jax
+    device:str='',                # tpu, gpu or cpu; '': the first that is there
+    tensor:int=1,                 # Chips that share one copy of the weights
 ) -> dict[str,Any]:               # The report: rows, quarantined, shards, shards_at, dim, tokens, fill, …
     "Embed the rows of `source` into sealed shards of vectors."
     params = dict(locals())
@@ -54,9 +56,9 @@ def embed(
     with begin('embed', params) as job:
         if job.report: return job.report
         rows, before = Rows(job.inputs['source'].rows, id, text, kept, limit), job.kept('scan.json')
-        scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
-        m = open_model(job.inputs['model'].path, pooling, max_tokens)
+        m = open_model(job.inputs['model'].path, pooling, max_tokens, device=device, tensor=tensor)
         cut.check(m)
+        scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
         refuse_long(m, rows, cut)
         scan.save(job.found)
         done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype)
