@@ -94,7 +94,7 @@ def test_a_file_without_neighbours_is_a_blob_as_any_other(tmp_path):
     for name in ("one", "its twin"):
         (tmp_path / "work" / name).write_bytes(b"x" * 100_000)
     seal = Store(tmp_path / "store").seal(tmp_path / "work", "a/1")
-    assert seal.files == {key: {"sha256": hashlib.sha256(b"x" * 100000).hexdigest(), "size": 100000} for key in ["its twin", "one"]}
+    assert seal.files == {name: {"sha256": hashlib.sha256(b"x" * 100_000).hexdigest(), "size": 100_000} for name in ("its twin", "one")}
 
 
 def test_a_damaged_pack_names_the_files_that_suffer_and_is_mended(tmp_path):

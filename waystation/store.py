@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #1e2e9662
+# %% ../nbs/06_store.ipynb #dc2f3322
 import base64, errno, hashlib, json, logging, os, re, shutil, tempfile, time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -20,11 +20,11 @@ from .place import Place, changed, still_there
 from .remotes import open_place
 from .retention import FRESH, Condemned, prune
 from .runtime import Refused
-from .seal import (Seal, blob_key, by_number, check_name, content_of, cut_packs, describe, find_files, hash_file, is_name, keep_warm, lost,
-                             new_manifest, plain, read_manifest, read_ref, seal_key, sort_out, verified_key)
+from .seal import (Seal, blob_key, by_number, check_name, content_of, cut_packs, describe, find_files, is_name, keep_warm, lost, new_manifest,
+                             plain, read_manifest, read_ref, seal_key, sort_out, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #68636921
+# %% ../nbs/06_store.ipynb #30e94556
 log = logging.getLogger('waystation')
 
 def _sha256(chunks:Iterable[bytes]) -> str:
@@ -122,18 +122,17 @@ class Store:
         def store(rels):
             if len(rels) == 1: return self._keep(found[rels[0]], entries[rels[0]], looked)  # a blob as any other
             with tempfile.TemporaryDirectory(prefix='waystation-') as d:
-                pack, at = Path(d)/'pack', 0
+                pack, at, h = Path(d)/'pack', 0, hashlib.sha256()
                 try:
                     with open(pack, 'wb') as out:
-                        for rel in rels: out.write(_unchanged(found[rel], entries[rel]))
+                        for rel in rels: h.update(data := _unchanged(found[rel], entries[rel])); out.write(data)
                 except OSError as e:
                     if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
                     raise Refused(f"{d} has no room for a pack of {sum(sizes[r] for r in rels)/1e6:.1f} MB on its way to {self.url}; make room there, "
                                   "or let TMPDIR name a folder with some") from e
-                digest = hash_file(pack)
-                self._keep(pack, dict(sha256=digest, size=pack.stat().st_size), looked)
+                self._keep(pack, dict(sha256=h.hexdigest(), size=pack.stat().st_size), looked)
             for rel in rels:
-                lies[entries[rel]['sha256']] = dict(pack=digest, at=at)
+                lies[entries[rel]['sha256']] = dict(pack=h.hexdigest(), at=at)
                 at += sizes[rel]
         self.place.each(store, cut_packs({rel: sizes[rel] for rel in first.values()}))
         return {rel: entry | lies.get(entry['sha256'], {}) for rel, entry in entries.items()}
