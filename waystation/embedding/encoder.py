@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['ONLY', 'KMERS', 'TABLE', 'IGNORED', 'LINEAR', 'Config', 'read_config', 'Recipe', 'read_recipe', 'Tokenizer', 'words',
-           'kmers', 'read_tokenizer', 'attend', 'norm', 'pool', 'shapes', 'read_weights', 'Encoder', 'block', 'load',
-           'vectors']
+           'kmers', 'read_tokenizer', 'attend', 'norm', 'pool', 'shapes', 'read_weights', 'Encoder', 'block',
+           'read_model', 'load', 'vectors']
 
 # %% ../../nbs/embedding/21_encoder.ipynb #0a729450
 import json, re
@@ -285,12 +285,11 @@ def block(x_BTD:jax.Array, w:Mapping[str,jax.Array], segments_BT:jax.Array, eps:
     f = jnp.einsum('BTF,FD->BTD', h, w['down']) + w['down_bias']
     return norm(x + f, w['norm2_scale'], w['norm2_bias'], eps)
 
-# %% ../../nbs/embedding/21_encoder.ipynb #90188129
-def load(
-    folder:str|Path,         # Model folder with config.json and model.safetensors
-    dtype:Any=jnp.float32,   # What the weights are kept and multiplied in
-) -> Encoder:
-    "The encoder in `folder`, its weights checked against the table in both directions."
+# %% ../../nbs/embedding/21_encoder.ipynb #3dbc3867
+def read_model(
+    folder:str|Path, # Model folder with config.json and model.safetensors
+) -> tuple[Config,dict[str,np.ndarray]]: # Sizes, and our arrays in float32
+    "What is in `folder`, its weights checked against the table in both directions."
     from safetensors import SafetensorError
     from safetensors.numpy import load_file
     path = Path(folder)/'model.safetensors'
@@ -299,7 +298,15 @@ def load(
         raise Refused(f"{folder} has no model.safetensors; save it with model.save_pretrained(folder, safe_serialization=True)")
     try: theirs = load_file(path)
     except SafetensorError as e: raise Refused(f"{path} cannot be read ({e}); fetch the model again") from e
-    return Encoder(c, {k: jnp.asarray(v, dtype) for k, v in read_weights(c, theirs).items()})
+    return c, read_weights(c, theirs)
+
+def load(
+    folder:str|Path,         # Model folder
+    dtype:Any=jnp.float32,   # What the weights are kept and multiplied in
+) -> Encoder:
+    "The encoder in `folder`."
+    c, weights = read_model(folder)
+    return Encoder(c, {k: jnp.asarray(v, dtype) for k, v in weights.items()})
 
 def vectors(
     encoder:Encoder, tokens_BT:jax.Array, positions_BT:jax.Array, segments_BT:jax.Array,
