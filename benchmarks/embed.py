@@ -56,10 +56,12 @@ class Backend:
 
     def __init__(self, python: str, backend: str, folder: Path):
         env = {k: v for k, v in os.environ.items() if k != "PYTHONPATH"}
+        said = tempfile.TemporaryFile("w+")  # not a pipe: nobody reads it while the worker works
         self.p = subprocess.Popen([python, __file__, "--worker", backend, str(folder)], env=env, stdin=subprocess.PIPE, stdout=subprocess.PIPE,
-                                  stderr=subprocess.PIPE, text=True)
+                                  stderr=said, text=True)
         if not self.p.stdout.readline():
-            raise RuntimeError(self.p.stderr.read()[-400:])
+            said.seek(0)
+            raise RuntimeError(said.read()[-400:])
 
     def __call__(self, texts, vectors=False):
         print(json.dumps(dict(texts=texts, vectors=vectors)), file=self.p.stdin, flush=True)
