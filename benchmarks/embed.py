@@ -25,11 +25,10 @@ import time
 from datetime import date
 from pathlib import Path
 
-for threads in ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS", "RAYON_NUM_THREADS"):
-    os.environ[threads] = "1"
-os.environ.update(TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WAYSTATION_WANDB_MODE="disabled", JAX_PLATFORMS="cpu")
-if __name__ == "__main__":  # XLA, ONNX and OpenVINO take a thread for each core that they see
+if __name__ == "__main__":  # before anything that counts cores is imported: XLA, ONNX and OpenVINO take a thread for each that they see
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
+                      WAYSTATION_WANDB_MODE="disabled", JAX_PLATFORMS="cpu")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 RESULT, GUIDE = HERE / "embed.json", HERE.parent / "lit" / "guides" / "padding.md"

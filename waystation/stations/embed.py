@@ -21,7 +21,7 @@ def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #a4946028
+# %% ../../nbs/stations/3_embed.ipynb #f7d6bbcd
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -49,7 +49,7 @@ def embed(
     params = dict(locals())
     check(model, source, engine, dtype, on_duplicate, shard_rows, limit)
     from waystation.embedding.choice import settle
-    from waystation.embedding.engine import Cut, embed_rows, kept_columns, refuse_long
+    from waystation.embedding.engine import Cut, embed_rows, kept_columns
     from waystation.rows import Rows
     cut, kept = Cut(chunk_tokens, chunk_overlap, on_long), kept_columns(keep, id, text)
     with begin('embed', params) as job:
@@ -57,7 +57,6 @@ def embed(
         rows = Rows(job.inputs['source'].path, id, text, kept, limit)
         scan = rows.scan(on_duplicate)
         m, why = settle(job, rows, scan, job.inputs['model'].path, pooling, max_tokens, cut, shard_rows, dtype, engine)
-        refuse_long(m, rows, cut)
         done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype, why)
         return job.finish(done | m.about | dict(
             shards_at=f'{job.base}/shards', dtype=dtype, model=model, model_fingerprint=job.inputs['model'].fingerprint,
