@@ -1,7 +1,7 @@
 """What an encoder costs on a CPU, side by side with the usual ways to call the same weights.
 
-    python benchmarks/embed.py                   # every set; writes embed.json beside this file and the guide's table
-    python benchmarks/embed.py --quick           # a fifth of the texts, three rounds; prints, writes nothing
+    python benchmarks/embed.py                   # every set, 20 minutes; writes embed.json beside this file and the guide's table
+    python benchmarks/embed.py --quick           # fewer texts, three rounds; prints, writes nothing
     python benchmarks/embed.py --backends PYTHON # also sentence-transformers' ONNX and OpenVINO backends, by an interpreter that has them:
                                                  #   python -m venv V; V/bin/pip install "sentence-transformers[onnx,openvino]"; --backends V/bin/python
     python benchmarks/embed.py --table           # put the table of embed.json into the guide; runs nothing
@@ -82,8 +82,8 @@ def collections(scale: float) -> dict:
     long = [t for t, n in zip(shard.texts["text"].to_pylist(), shard.texts["n_tokens"].to_pylist(), strict=True) if n >= 190]
     sequences = pq.read_table(resolve("asset:16s", "source").path)["sequence"].to_pylist()
     rng = random.Random(0)
-    return {"skewed": (minilm, rng.sample(pool, int(1000 * scale))), "chunks": (minilm, rng.sample(long, int(200 * scale))),
-            "16S": (kmer, sequences[:int(1000 * scale)])}
+    return {"skewed": (minilm, rng.sample(pool, int(500 * scale))), "chunks": (minilm, rng.sample(long, int(100 * scale))),
+            "16S": (kmer, sequences[:int(500 * scale)])}
 
 
 def ours(engine: str, folder: Path):
@@ -280,7 +280,7 @@ def main() -> None:
     torch.set_num_threads(1)
     result = json.loads(RESULT.read_text()) if RESULT.exists() and args.set else {"sets": {}}
     rounds = args.rounds or (3 if args.quick else 7)
-    for name, (folder, texts) in collections(0.2 if args.quick else 1).items():
+    for name, (folder, texts) in collections(0.4 if args.quick else 1).items():
         if not args.set or name in args.set:
             result["sets"][name] = measure(name, folder, texts, rounds, args.backends)
     result |= dict(date=date.today().isoformat(), machine=f"{devices()[-1].name} ({platform.machine()}, {os.cpu_count()} threads)",
