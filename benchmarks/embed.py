@@ -1,7 +1,7 @@
 """What an encoder costs on a CPU, side by side with the usual ways to call the same weights.
 
     python benchmarks/embed.py                   # every set, 20 minutes; writes embed.json beside this file and the guide's table
-    python benchmarks/embed.py --quick           # fewer texts, three rounds; prints, writes nothing
+    python benchmarks/embed.py --scale 0.2 --rounds 3   # a quick look at fewer texts; written as well, with their number
     python benchmarks/embed.py --backends PYTHON # also sentence-transformers' ONNX and OpenVINO backends, by an interpreter that has them:
                                                  #   python -m venv V; V/bin/pip install "sentence-transformers[onnx,openvino]"; --backends V/bin/python
     python benchmarks/embed.py --table           # put the table of embed.json into the guide; runs nothing
@@ -261,8 +261,8 @@ def write_table() -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true")
-    parser.add_argument("--rounds", type=int, default=0, help="default 7, with --quick 3")
+    parser.add_argument("--scale", type=float, default=1.0, help="share of the texts")
+    parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--set", choices=["skewed", "chunks", "16S"], action="append", help="only this one; the others' figures stay")
     parser.add_argument("--backends", default="", help="an interpreter with sentence-transformers[onnx,openvino]")
     parser.add_argument("--table", action="store_true")
@@ -279,16 +279,14 @@ def main() -> None:
     from waystation.runtime import devices
     torch.set_num_threads(1)
     result = json.loads(RESULT.read_text()) if RESULT.exists() and args.set else {"sets": {}}
-    rounds = args.rounds or (3 if args.quick else 7)
-    for name, (folder, texts) in collections(0.4 if args.quick else 1).items():
+    for name, (folder, texts) in collections(args.scale).items():
         if not args.set or name in args.set:
-            result["sets"][name] = measure(name, folder, texts, rounds, args.backends)
+            result["sets"][name] = measure(name, folder, texts, args.rounds, args.backends)
     result |= dict(date=date.today().isoformat(), machine=f"{devices()[-1].name} ({platform.machine()}, {os.cpu_count()} threads)",
                    versions={p: version(p) for p in ("torch", "jax", "sentence-transformers", "transformers")})
+    RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(tables(result))
-    if not args.quick:
-        RESULT.write_text(json.dumps(result, indent=1) + "\n")
-        write_table()
+    write_table()
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['FEW', 'FAR', 'NEAR', 'measure', 'candidates', 'fastest', 'gap', 'compare', 'settle']
 
-# %% ../../nbs/embedding/24_choice.ipynb #5e20a1ad
-import os, sys, time
+# %% ../../nbs/embedding/24_choice.ipynb #56e4a61d
+import itertools, os, sys, time
 from collections.abc import Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,7 +19,7 @@ from ..recipe import Job
 from ..rows import Rows, Scan
 from ..runtime import Refused, devices
 
-# %% ../../nbs/embedding/24_choice.ipynb #ab340230
+# %% ../../nbs/embedding/24_choice.ipynb #90421919
 def measure(
     models:Sequence[Model],      # The same model in several engines
     batch:pa.RecordBatch,        # Some source rows
@@ -33,17 +33,15 @@ def measure(
     work = [prepare(m, 0, 0, batch, cut, duplicates).pieces.laid for m in models]
     if not work[0].batches: return {}
     # Multiples of the golden ratio: after any number of batches, those seen are spread over short and long texts.
-    order = [sorted(range(len(w.batches)), key=lambda i: i * 0.618034 % 1) for w in work]
+    order = [itertools.cycle(sorted(range(len(w.batches)), key=lambda k: k * 0.618034 % 1)) for w in work]
     for m, w in zip(models, work, strict=True): m.run(*w.batches[0])()  # compiles
     spent, tokens = [0.] * len(models), [0] * len(models)
     while sum(spent) < seconds or not all(tokens):
         i = min(range(len(models)), key=spent.__getitem__)
-        k = order[i].pop(0)
-        since = clock()
+        k, since = next(order[i]), clock()
         models[i].run(*work[i].batches[k])()
         spent[i] += clock() - since
         tokens[i] += work[i].tokens[k]
-        if not order[i]: order[i] = sorted(range(len(work[i].batches)), key=lambda i: i * 0.618034 % 1)
     return {m.engine: n / s for m, n, s in zip(models, tokens, spent, strict=True)}
 
 # %% ../../nbs/embedding/24_choice.ipynb #0bfbbb63
