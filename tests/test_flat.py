@@ -5,6 +5,8 @@ Oracles: sentence-transformers for MiniLM (cosine >= 0.999999 each), transformer
 
 import importlib.util
 import json
+import subprocess
+import sys
 
 import numpy as np
 import pyarrow as pa
@@ -133,6 +135,13 @@ def test_a_forced_engine_that_is_absent_names_what_to_install(sequences, tmp_pat
         embed(run="r", store=str(tmp_path / "s"), source=str(sequences), engine="torch", **SMALL)
     report = embed(run="r", store=str(tmp_path / "s"), source=str(sequences), **SMALL)  # auto
     assert (report["engine"], report["engine_why"]) == ("jax", "torch is not installed")
+
+
+def test_without_jax_the_extra_is_named():
+    code = ("import sys; sys.modules['flax'] = None\nfrom waystation.stations.embed import embed\nfrom waystation.runtime import Refused\n"
+            "try: embed()\nexcept Refused as e: print(e)")
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "embed needs flax; pip install 'waystation[embed]'"
 
 
 def stop_after(monkeypatch, shards):

@@ -105,7 +105,7 @@ def compare(
     if shard.texts['id'].to_pylist() != sealed['id'].to_pylist(): return float('inf'), -1.
     return gap(y.astype(dtype), sealed['vector'].combine_chunks().flatten().to_numpy().reshape(y.shape)) if len(y) else (0., 1.)
 
-# %% ../../nbs/embedding/24_choice.ipynb #48b2ffa9
+# %% ../../nbs/embedding/24_choice.ipynb #c2a649d9
 def settle(
     job:Job,
     rows:Rows,
@@ -120,7 +120,7 @@ def settle(
 ) -> tuple[Model,str]: # The model in the run's engine, and why that one
     "The engine of the run's sealed shards, if it may go on here; the chosen one for a new run. What cannot work is refused first."
     sealed = job.names('shards')
-    made = job.store.read(sealed[0]).meta['made'] if sealed else None
+    made = job.store.read(sealed[0]).meta.get('made') if sealed else None
     names, why = [engine], 'asked for'
     if engine == 'auto':
         if not made: names, why = candidates(scan, folder)

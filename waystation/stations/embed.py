@@ -21,7 +21,7 @@ def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #f7d6bbcd
+# %% ../../nbs/stations/3_embed.ipynb #e6465a74
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -48,7 +48,8 @@ def embed(
     "Embed the rows of `source` into sealed shards of vectors."
     params = dict(locals())
     check(model, source, engine, dtype, on_duplicate, shard_rows, limit)
-    from waystation.embedding.choice import settle
+    try: from waystation.embedding.choice import settle
+    except ImportError as e: raise Refused(f"embed needs {e.name}; pip install 'waystation[embed]'") from e
     from waystation.embedding.engine import Cut, embed_rows, kept_columns
     from waystation.rows import Rows
     cut, kept = Cut(chunk_tokens, chunk_overlap, on_long), kept_columns(keep, id, text)
