@@ -171,7 +171,8 @@ def ways(folder: Path, backends: str) -> tuple[dict, dict]:
         return call
     kmer = not (folder / "modules.json").exists()
     # Padded to the limit all texts take equally long, and very long: a fifth of them stands for all.
-    found, absent = {PAD: timed(loop(folder), 1 if kmer else FIFTH), SORTED: timed(loop(folder, 1024)), FLAT: timed(ours("torch", folder)), JAX: timed(ours("jax", folder))}, {}
+    found, absent = {PAD: timed(loop(folder), 1 if kmer else FIFTH), SORTED: timed(loop(folder, 1024)), FLAT: timed(ours("torch", folder)),
+                     JAX: timed(ours("jax", folder))}, {}
     if kmer:
         return found, {name: "it has no k-mer tokenizer" for name in (ST, ONNX, OPENVINO)}
     from sentence_transformers import SentenceTransformer
