@@ -36,8 +36,9 @@ site: env ## the documentation, from the notebooks' saved outputs, in _site/
 test-colab: env ## setup, embed and export on Python 3.13 with the versions of Colab's image
 	tools/test_colab.sh
 
-bench: env ## the store beside other ways to upload, through a slow network: 8 minutes; writes benchmarks/store.json and the guide's table
+bench: env ## the store beside other ways to upload (8 minutes), embedding beside other ways to embed (20); writes their .json and the guides' tables
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/embed.py
 
 clean: ## remove what can be made again; runs/ stays
 	rm -rf _proc _site _docs dist .pytest_cache .mypy_cache .ruff_cache

@@ -26,7 +26,7 @@ from waystation.runtime import Refused
 from waystation.stations.embed import embed
 from waystation.store import Store
 
-SMALL = dict(model="asset:kmer-random", text="sequence", keep="", chunk_tokens=0, shard_rows=5)
+SMALL = dict(model="asset:kmer-random", text="sequence", keep="", chunk_tokens=0, shard_rows=5, engine="jax")
 
 
 @pytest.fixture(autouse=True)
@@ -82,7 +82,7 @@ def test_banking_chunks_agree_with_sentence_transformers(tmp_path, oracle):
     docs = pq.read_table(resolve("asset:banking", "source").path)
     pq.write_table(docs.take(list(range(0, docs.num_rows, 4))), tmp_path / "docs.parquet")  # every category, every length
     report = embed(run="parity", store=str(tmp_path / "store"), source=str(tmp_path / "docs.parquet"), keep="title,category",
-                   chunk_tokens=200, chunk_overlap=40, shard_rows=64)
+                   chunk_tokens=200, chunk_overlap=40, shard_rows=64, engine="jax")
     table = sealed(report)
     assert report["rows"] == table.num_rows > 200 and report["quarantined"] == report["truncated"] == 0
     assert len(set(table["id"].to_pylist())) == table.num_rows
@@ -253,7 +253,7 @@ def test_bad_input_is_refused(sequences, tmp_path):
         ("e", "chunk_tokens=512.*room for 511", dict(chunk_tokens=512)),
         ("f", "chunk_overlap=50", dict(chunk_tokens=50, chunk_overlap=50)),
         ("g", "on_long='cut'", dict(on_long="cut")),
-        ("h", "engine='torch'", dict(engine="torch")),
+        ("h", "engine='tpu'.*'auto'", dict(engine="tpu")),
         ("i", "dtype='int8'", dict(dtype="int8")),
         ("j", "shard_rows=0", dict(shard_rows=0)),
         ("k", "keep='vector'", dict(keep="vector")),

@@ -24,7 +24,7 @@ from ..store import Store
 
 log = logging.getLogger('waystation')
 
-# %% ../../nbs/embedding/22_devices.ipynb #b91cc92d
+# %% ../../nbs/embedding/22_devices.ipynb #b4dc2072
 KINDS = ('tpu', 'gpu', 'cpu')  # In this order: nobody rents an accelerator to use the processor beside it
 
 @dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Chips:
     @property
     def about(self) -> dict[str,Any]:
         "What a report says of them."
-        return dict(device=f'{self.mesh.size} x {self.name}', device_why=self.why, tensor=self.tensor)
+        return dict(chips=f'{self.mesh.size} x {self.name}', chips_why=self.why, tensor=self.tensor)
 
 # %% ../../nbs/embedding/22_devices.ipynb #a1c620cb
 def _ask(kind:str) -> tuple[list[Any],str]: # Devices of one kind, or what JAX says instead
@@ -191,7 +191,7 @@ class _Sent:
     y:Any      # None when memory was not enough
     why:str
 
-# %% ../../nbs/embedding/22_devices.ipynb #f0b43e30
+# %% ../../nbs/embedding/22_devices.ipynb #48feeb81
 def _again(run:Callable[...,Any], limit:Limit, rows:Rows, n:int, why:str) -> np.ndarray:
     "Compute a batch that did not fit, in batches that do, one after another."
     limit.exceeded(width := rows[0].shape[1], len(rows[0]), why)
@@ -203,7 +203,7 @@ def _again(run:Callable[...,Any], limit:Limit, rows:Rows, n:int, why:str) -> np.
 
 def stream(
     run:Callable[...,Any],                            # (tokens, positions, segments, S) -> [B, S, D], perhaps still being computed
-    work:Iterable[tuple[K,Iterable[Rows],int]],       # A key, its batches, and S
+    work:Iterable[tuple[K,Iterable[tuple]]],          # A key and its batches: tokens, positions, segments, S
     limit:Limit,
     depth:int=4,                                      # Batches under way
 ) -> Generator[tuple[K,list[np.ndarray]],None,None]:  # Each key with the results of its batches
@@ -220,8 +220,8 @@ def stream(
             for s in (s for s in sent if isinstance(s, _Sent) and s.y is not None): s.y, s.why = _try(functools.partial(np.asarray, s.y))
             y = _again(run, limit, first.rows, first.n, why)
         results.append(y[:first.count])
-    for key, batches, n in work:
-        for rows in batches:
+    for key, batches in work:
+        for *rows, n in batches:
             for some, count in _split(rows, limit.rows(rows[0].shape[1], len(rows[0]))):
                 y, why = _try(functools.partial(run, *some, n))
                 sent.append(_Sent(some, count, n, y, why))
