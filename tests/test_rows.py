@@ -69,6 +69,7 @@ def test_a_bucket_gives_the_same_rows_as_a_folder(server, kind, tmp_path):
         with pytest.raises(Refused, match="holds no rows"):
             Rows(f"{s.url}/{name}/in/nothing.parquet")
         source = f"{s.url}/{name}/in/*.parquet"
+        far = Rows(source)
         seen, found = far.scan(), resolve(source, "source")
         assert found.fingerprint == seen.fingerprint and found.rows == source and changes(seen.files, source) == ""
         there.delete(["in/p9.parquet"])
@@ -125,7 +126,7 @@ def test_the_last_rows_cost_the_same_at_three_sizes(kind, tmp_path, monkeypatch)
         monkeypatch.undo()
         monkeypatch.setattr(formats.File.open, "__defaults__", (1 << 16,))
     footers = 300_000 if kind == "parquet" else 0  # a footer grows by some 200 bytes a row group and column
-    assert max(cost) < 2.5 * min(cost) + footers, cost
+    assert max(cost) < 250_000 + footers, cost  # a thousand rows and a buffer, or a row group, of 7 MB
     assert max(cost) < os.path.getsize(path) / 5, (cost, os.path.getsize(path))
 
 
@@ -205,7 +206,7 @@ def test_types_pass_through(tmp_path):
 def test_jsonl_has_the_types_of_all_its_rows(tmp_path):
     data = [dict(id=i, text="x", i=i, f=i if i else 0.5, mixed=i if i < 2000 else "n/a", late=None if i < 2000 else [i], deep={"a": i} if i % 2 else {"b": None}) for i in range(3000)]
     r = Rows(jsonl(tmp_path / "j.jsonl", data), keep=["i", "f", "mixed", "late", "deep"])
-    assert r.scan().types == r.schema and False or [r.schema.field(k).type for k in r.keep] == [
+    assert list(r.scan().types) == r.keep and [r.schema.field(k).type for k in r.keep] == [
         pa.int64(), pa.float64(), pa.string(), pa.list_(pa.int64()), pa.struct([("b", pa.string()), ("a", pa.int64())])]
     got = whole(r)
     assert got[0]["f"] == 0.5 and got[1]["mixed"] == "1" and got[2500]["mixed"] == "n/a" and got[2500]["late"] == [2500] and got[1]["deep"] == {"a": 1, "b": None}
@@ -395,7 +396,7 @@ def test_ids_on_disk_find_what_a_dictionary_finds(tmp_path, monkeypatch):
 def test_content_hashes_are_fixed(tmp_path):
     "A figure that stands in somebody's store: it may not change with versions or machines."
     batch = pa.record_batch(dict(id=["a"], text=["x"], n=[1], deep=[{"b": [1.0, None], "a": "é"}], day=[dt.date(2024, 2, 29)]))
-    assert content_hashes(batch)[0].as_py().hex() == "FIXED"
+    assert content_hashes(batch)[0].as_py().hex() == "c7ad3cf97077dfcd0cca8cf41be4e811"
     us, ns = (pa.record_batch(dict(text=["x"], t=pa.array([dt.datetime(2024, 1, 1, 12, 0, 0, 500)], pa.timestamp(u)))) for u in ("us", "ns"))
     assert content_hashes(us) == content_hashes(ns)
     for a, b in [(dict(text=["a"], k=["b"]), dict(text=["ab"], k=[""])), (dict(text=["a"], k=[None]), dict(text=["a"], k=[""])), (dict(text=["a"]), dict(text=["b"]))]:
