@@ -191,8 +191,10 @@ def test_going_on_does_not_look_again_and_a_changed_source_is_told(tmp_path, mon
 
 def test_types_pass_through(tmp_path):
     table = pa.table(dict(
-        id=pa.array([1, 2], pa.int32()), text=["a", "b"], day=pa.array([dt.date(2024, 2, 29), None]), at=pa.array([None, dt.datetime(2024, 1, 1, 12)], pa.timestamp("ns")),
-        nested=[{"a": [1, None], "b": {"c": 1.5}}, None], price=pa.array([None, 3], pa.decimal128(9, 2)), word=pa.array(["x", "x"]).dictionary_encode(), none=[None, None]))
+        id=pa.array([1, 2], pa.int32()), text=["a", "b"], day=pa.array([dt.date(2024, 2, 29), None]),
+        at=pa.array([None, dt.datetime(2024, 1, 1, 12)], pa.timestamp("ns")),
+        nested=[{"a": [1, None], "b": {"c": 1.5}}, None], price=pa.array([None, 3], pa.decimal128(9, 2)),
+        word=pa.array(["x", "x"]).dictionary_encode(), none=[None, None]))
     pq.write_table(table, tmp_path / "t.parquet")
     keep = table.column_names[2:]
     r = Rows(tmp_path / "t.parquet", keep=keep)
@@ -260,7 +262,8 @@ def test_no_row_and_one_row(kind, tmp_path):
 
 
 @pytest.mark.parametrize("ids, told", [
-    ([1, 2, 1], "id '1' stands in row 0 and in row 2 .*line 1; .*line 3"), ([1, "1"], "id '1' stands in row 0 and in row 1"), (["a", ""], "row 1 .*line 2.* has no id"),
+    ([1, 2, 1], "id '1' stands in row 0 and in row 2 .*line 1; .*line 3"), ([1, "1"], "id '1' stands in row 0 and in row 1"),
+    (["a", ""], "row 1 .*line 2.* has no id"),
     (["a", None], "row 1 .* has no id"), (["a", ["b"]], "line 2: id is "), (["é", "e\u0301"], "")])
 def test_ids(ids, told, tmp_path):
     r = Rows(jsonl(tmp_path / "i.jsonl", [dict(id=i, text="x") for i in ids]))
