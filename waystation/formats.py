@@ -149,7 +149,7 @@ def settled(
     try: return inner(t)
     except TypeError: return pa.string()
 
-# %% ../nbs/06_formats.ipynb #27544b67
+# %% ../nbs/06_formats.ipynb #b9551963
 def _inferred(values:list[Any]) -> pa.DataType:
     "The type of some values of JSON."
     try: return wider(pa.null(), pa.infer_type(values))
@@ -160,9 +160,12 @@ def column(
     type:pa.DataType|None=None, # None: what these values have
 ) -> pa.Array:
     "Values as a column."
-    type = type or _inferred(values)
-    if pa.types.is_string(type): values = [canonical(v) for v in values]
-    return pa.array(values, type)
+    if type is None:
+        type = _inferred(values)
+        if pa.types.is_floating(type) and any(isinstance(v, bool) for v in values): type = pa.string()  # pyarrow takes true for 1.0
+        try: return pa.array([canonical(v) for v in values] if pa.types.is_string(type) else values, type)
+        except (pa.ArrowException, OverflowError): type = pa.string()  # inferring stops where it believes to know
+    return pa.array([canonical(v) for v in values] if pa.types.is_string(type) else values, type)
 
 # %% ../nbs/06_formats.ipynb #9462d649
 class Mark(NamedTuple):
