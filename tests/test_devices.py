@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from waystation.assets import resolve
+from waystation.cli import store_ls
 from waystation.embedding import devices
 from waystation.embedding.devices import Kept, Limit, out_of_memory
 from waystation.embedding.engine import Cut, flow, open_model, prepare
@@ -266,6 +267,11 @@ def test_a_cache_that_grows_replaces_the_older_one(tmp_path, monkeypatch):
         kept.keep(store)
         kept.keep(store)
     assert store.list() == ["caches/xla/test/1/v3"]
+    store.seal(None, "models/a/v1", dict(a=1))
+    text = store_ls(store=store.url)["text"]
+    assert "models/a/v1" in text and "v3" not in text and "besides, 1 of compiled programs: --prefix caches" in text
+    assert store_ls("caches", store.url)["text"].endswith("caches/xla/test/1/v3")
+    store.place.delete(["seals/models/a/v1.json"])
     assert sorted(store.read("caches/xla/test/1/v3").files) == [*(f"jit_embed-{k}-cache" for k in range(3)), "limit.json"]
     monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "other"))  # a machine that has one that the store lacks
     other = Kept("caches/xla/test/1", 1)
