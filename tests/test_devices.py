@@ -17,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from waystation.assets import resolve
+from waystation.cli import store_ls
 from waystation.embedding import devices
 from waystation.embedding.devices import Kept, Limit, out_of_memory
 from waystation.embedding.engine import Cut, flow, open_model, prepare
@@ -29,7 +30,7 @@ COLLECTIVE = re.compile(r"all-reduce|all-gather|reduce-scatter|collective-permut
 
 CHILD = """if True:
     import json, sys
-    import numpy as np
+    import jax, numpy as np
     from waystation.embedding.engine import Cut, flow, open_model, prepare
     import pyarrow as pa
     folder, texts, tensor, out = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
@@ -38,7 +39,7 @@ CHILD = """if True:
     (shard, y), = flow(model, [prepare(model, 0, 0, batch, Cut(), {})])
     np.save(out, y)
     p = model.program
-    up = p.weights['up'].get_value()
+    up = jax.tree.leaves(p.weights['up'])[0]
     print(json.dumps(dict(about=p.chips.about, data=p.chips.data, hlo=[c.as_text() for c in p.compiled.values()], shapes=p.shapes, at=p.kept.name,
                           rows=[len(b[0]) for b in shard.pieces.batches], up=[s.data.shape for s in up.addressable_shards])))
 """
@@ -118,6 +119,15 @@ def test_what_cannot_be_shared_is_refused(kmer, monkeypatch):
     done = subprocess.run([sys.executable, "-c", f"from waystation.embedding.engine import open_model; open_model({str(kmer)!r}, tensor=8)"],
                           env=environment(8), capture_output=True, text=True)
     assert "tensor=8, but the model has 4 heads, which 8 chips cannot share equally; use one of [1, 2, 4]" in done.stderr
+
+
+def test_weights_that_do_not_fit_are_refused_with_the_way_out(monkeypatch):
+    def full(*_):
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 2000000000 bytes.")
+
+    monkeypatch.setattr(jax, "device_put", full)
+    with pytest.raises(Refused, match=r"the weights \(2.0 GB\) do not fit into the memory of cpu with tensor=1; use a larger tensor"):
+        devices.place(devices.find_chips(), dict(up=np.broadcast_to(np.float32(0), (500_000_000,))), {})
 
 
 def test_an_absent_device_is_refused_before_anything_is_read(rows, monkeypatch):
@@ -249,12 +259,24 @@ def test_a_second_machine_compiles_nothing(tmp_path, rows):
 
     first, store = machine("a"), Store(tmp_path / "store")
     assert first["hits"] == 0 and first["misses"] == len(first["compiled"]) > 0 and not any(s["found"] for s in first["compiled"])
+    assert len(first["compiled"]) == len({s["width"] for s in first["compiled"]}) <= 6  # a width is compiled once
     (name,) = store.list("caches")
     assert re.fullmatch(r"caches/xla/cpu-x2-jax-[\d.]+/[0-9a-f]{12}/v1", name)
     second = machine("b")
     assert second["misses"] == 0 and second["hits"] == len(second["compiled"]) > 0 and all(s["found"] for s in second["compiled"])
     assert [s["rows"] for s in second["compiled"]] == [s["rows"] for s in first["compiled"]]
     assert store.list("caches") == [name]  # nothing new, nothing sealed
+
+
+def test_another_compiler_processor_or_model_has_another_name(monkeypatch):
+    chips, weights = devices.find_chips(), dict(up=np.zeros((2, 3), np.float32))
+    names = [devices.kept_name(chips, weights), devices.kept_name(chips, dict(up=weights["up"].astype(np.float16)))]
+    assert devices.kept_name(chips, dict(up=weights["up"] + 1)) == names[0]  # other values, the same program
+    for module, name, value in ((devices, "_processor", lambda: "another"), (jax, "__version__", "9.9.9"), (devices.jaxlib, "__version__", "9.9.9")):
+        with monkeypatch.context() as m:
+            m.setattr(module, name, value)
+            names.append(devices.kept_name(chips, weights))
+    assert len(set(names)) == 5 and "jax-9.9.9" in names[3]
 
 
 def test_a_cache_that_grows_replaces_the_older_one(tmp_path, monkeypatch):
@@ -266,6 +288,11 @@ def test_a_cache_that_grows_replaces_the_older_one(tmp_path, monkeypatch):
         kept.keep(store)
         kept.keep(store)
     assert store.list() == ["caches/xla/test/1/v3"]
+    store.seal(None, "models/a/v1", dict(a=1))
+    text = store_ls(store=store.url)["text"]
+    assert "models/a/v1" in text and "v3" not in text and "besides, 1 of compiled programs: --prefix caches" in text
+    assert store_ls("caches", store.url)["text"].endswith("caches/xla/test/1/v3")
+    store.place.delete(["seals/models/a/v1.json"])
     assert sorted(store.read("caches/xla/test/1/v3").files) == [*(f"jit_embed-{k}-cache" for k in range(3)), "limit.json"]
     monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "other"))  # a machine that has one that the store lacks
     other = Kept("caches/xla/test/1", 1)

@@ -76,7 +76,7 @@ def find_chips(
     why = 'asked for' if device else f'the first of TPU, GPU, CPU that JAX finds{limits}' + (_unseen() if kind == 'cpu' else '')
     return Chips(kind, Mesh(np.array(found).reshape(-1, tensor), ('data', 'model')), why)
 
-# %% ../../nbs/embedding/22_devices.ipynb #c2c5a77c
+# %% ../../nbs/embedding/22_devices.ipynb #2e041134
 SHARED = {'N': 'heads', 'F': 'feed-forward numbers', 'G': 'feed-forward numbers'}  # Axes that chips divide among them, by their letter in the weight table
 
 @contextlib.contextmanager
@@ -98,7 +98,12 @@ def place(
                 fit = [t for t in range(1, chips.mesh.size + 1) if chips.mesh.size % t == 0 and n % t == 0]
                 raise Refused(f"tensor={chips.tensor}, but the model has {n} {SHARED[letter]}, which {chips.tensor} chips cannot share equally; use one of {fit}")
         return jax.device_put(a, NamedSharding(chips.mesh, P(*('model' if letter in SHARED else None for letter in letters))))
-    return jax.tree_util.tree_map_with_path(put, weights)
+    try: return jax.block_until_ready(jax.tree_util.tree_map_with_path(put, weights))
+    except Exception as e:
+        if not out_of_memory(e): raise
+        gb = sum(a.nbytes for a in jax.tree.leaves(weights)) / 1e9
+        raise Refused(f"the weights ({gb:.1f} GB) do not fit into the memory of {chips.name} with tensor={chips.tensor}; use a larger tensor "
+                      f"({chips.mesh.size} chips are here), or a smaller model") from e
 
 # %% ../../nbs/embedding/22_devices.ipynb #19bf59f4
 _hits = [0]  # Programs of this process that came out of a cache, by JAX's own count
@@ -135,11 +140,12 @@ class Program:
         log.info('%d x %d: %s in %.1f s', b, t, 'found' if self.shapes[-1]['found'] else 'compiled', self.shapes[-1]['seconds'])
         return made
 
-# %% ../../nbs/embedding/22_devices.ipynb #fb1dc396
+# %% ../../nbs/embedding/22_devices.ipynb #add03284
 def out_of_memory(e:BaseException) -> bool:
     "Whether an error says that memory was not enough; torch names its own."
+    said = ('RESOURCE_EXHAUSTED', 'CompileTimeHbmOom', 'CUDA_ERROR_OUT_OF_MEMORY')  # while running, a TPU's compiler, a CUDA library
     return (isinstance(e, MemoryError) or type(e).__name__ == 'OutOfMemoryError'
-            or (isinstance(e, jax.errors.JaxRuntimeError) and 'RESOURCE_EXHAUSTED' in str(e)))
+            or (isinstance(e, jax.errors.JaxRuntimeError) and any(s in str(e) for s in said)))
 
 @dataclass
 class Limit:
