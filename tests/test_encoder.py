@@ -292,8 +292,8 @@ def test_checkpoints_in_parts_and_of_old(tmp_path):
     good = dict(Checkpoint(tmp_path / "esm"))
     want = read_weights(c, good)
     # as transformers 4 saved it: frequencies in each layer, a table of positions that nothing reads
-    old = {f"esm.{k}": v for k, v in good.items() if k != "rotary_embeddings.inv_freq"}
-    old |= {f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq": good["rotary_embeddings.inv_freq"] * 1.01 for i in range(c.layers)}
+    old = {f"esm.{k}": v for k, v in good.items() if not k.endswith("inv_freq")}
+    old |= {f"esm.encoder.layer.{i}.attention.self.rotary_embeddings.inv_freq": want["inv_freq"] * np.float32(1.01) for i in range(c.layers)}
     old |= {"esm.embeddings.position_embeddings.weight": np.zeros((3, 3)), "lm_head.bias": np.zeros(2)}
     got = read_weights(c, old)
     np.testing.assert_allclose(got["inv_freq"], want["inv_freq"] * 1.01, rtol=1e-6)  # the stored ones count
