@@ -155,7 +155,7 @@ def shapes(
     size['3'] = 3
     return {name: tuple(size[a] for a in (axes.replace('NH', 'D') if joined else axes)) for name, (axes, _) in table(c).items()}
 
-# %% ../../nbs/embedding/20_models.ipynb #877c591c
+# %% ../../nbs/embedding/20_models.ipynb #afee5608
 class Checkpoint(Mapping[str,np.ndarray]):
     "The arrays in a folder's safetensors files, each read when it is asked for."
     def __init__(self, folder:str|Path):
@@ -179,6 +179,7 @@ def _names(c:Config, theirs:Mapping[str,np.ndarray]) -> dict[str,str]: # Plain n
     "Take off the model's own prefix, and read what older versions of transformers wrote under other names."
     names = {re.sub(r'^(bert|roberta|mpnet|esm)\.', '', k): k for k in theirs}
     names = {re.sub(r'(LayerNorm)\.gamma$', r'\1.weight', re.sub(r'(LayerNorm)\.beta$', r'\1.bias', n)): k for n, k in names.items()}
+    # transformers 4 wrote one for each layer, transformers 5 writes "encoder.layer.*."
     per_layer = sorted(n for n in names if n.endswith('.attention.self.rotary_embeddings.inv_freq'))
     if per_layer and c.rotary:  # one table for all layers by now; the stored numbers count, since they may have been rounded before training
         if any(not np.array_equal(theirs[names[n]], theirs[names[per_layer[0]]]) for n in per_layer):
