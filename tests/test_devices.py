@@ -41,7 +41,7 @@ CHILD = """if True:
     p = model.program
     up = jax.tree.leaves(p.weights['up'])[0]
     print(json.dumps(dict(about=p.chips.about, data=p.chips.data, hlo=[c.as_text() for c in p.compiled.values()], shapes=p.shapes, at=p.kept.name,
-                          rows=[len(b[0]) for b in shard.pieces.batches], up=[s.data.shape for s in up.addressable_shards])))
+                          rows=[len(b[0]) for b in shard.pieces.laid.batches], up=[s.data.shape for s in up.addressable_shards])))
 """
 
 
@@ -63,7 +63,7 @@ def dna(n):
 def rows(tmp_path, kmer):
     "Parameters of `embed` for 40 short sequences; nothing of them lies in the cache."
     pq.write_table(pa.table(dict(id=[str(i) for i in range(40)], text=[dna(90 + 30 * i) for i in range(40)])), tmp_path / "rows.parquet")
-    return dict(store=str(tmp_path / "store"), source=str(tmp_path / "rows.parquet"), model=str(kmer), shard_rows=20)
+    return dict(store=str(tmp_path / "store"), source=str(tmp_path / "rows.parquet"), model=str(kmer), shard_rows=20, engine="jax")
 
 
 def environment(n: int, **more: str) -> dict[str, str]:
@@ -135,7 +135,7 @@ def test_an_absent_device_is_refused_before_anything_is_read(rows, monkeypatch):
         pytest.skip("NOT CHECKED: this machine has an accelerator")
     monkeypatch.setattr("waystation.rows.Rows.scan", lambda *_: pytest.fail("the rows were read"))
     with pytest.raises(Refused, match=r"device='tpu', but JAX finds none .* Use device='cpu' or ''"):
-        embed(device="tpu", **rows)
+        embed(**rows | dict(device="tpu", engine="auto"))
     with pytest.raises(Refused, match="device='cuda' is no kind of device"):
         embed(device="cuda", **rows)
 
@@ -177,7 +177,7 @@ def test_a_batch_that_does_not_fit_is_computed_in_smaller_ones(kmer, when, error
     batch = pa.record_batch(dict(id=[str(i) for i in range(120)], text=[dna(300 + 7 * i) for i in range(120)]))
     shards = [prepare(model, k, 0, batch.slice(40 * k, 40), Cut(), {}) for k in range(3)]
     want = {s.number: y for s, y in flow(model, shards)}
-    assert sum(len(s.pieces.batches) for s in shards) > 6 and min(len(s.pieces.batches[0][0]) for s in shards) >= 4
+    assert sum(len(s.pieces.laid.batches) for s in shards) > 6 and min(len(s.pieces.laid.batches[0][0]) for s in shards) >= 4
     for s in shards:
         s.pieces.results.clear()
     chip = Small(model, 512, when, error)
@@ -186,11 +186,11 @@ def test_a_batch_that_does_not_fit_is_computed_in_smaller_ones(kmer, when, error
     assert [k for k, _ in got] == [0, 1, 2]
     for k, y in got:
         np.testing.assert_allclose(y, want[k], atol=1e-6)
-    widths = {s.pieces.packed.width for s in shards}
+    widths = {s.pieces.laid.batches[0][0].shape[1] for s in shards}
     assert all(e["then"] * 2 == e["rows"] for e in small.limit.events) and {e["width"] for e in small.limit.events} <= widths
     assert all(small.limit.rows(w, 99) * w <= 512 for w in widths)
     computed = sum(r for r, w in chip.asked if r * w <= 512)
-    assert computed == sum(len(b[0]) for s in shards for b in s.pieces.batches)  # each row once: none lost, none doubled
+    assert computed == sum(len(b[0]) for s in shards for b in s.pieces.laid.batches)  # each row once: none lost, none doubled
     again = Small(model, 512, when, error)
     for s in shards:
         s.pieces.results.clear()

@@ -22,7 +22,7 @@ def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #5841d4b7
+# %% ../../nbs/stations/3_embed.ipynb #fd8dc197
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -51,13 +51,14 @@ def embed(
     "Embed the rows of `source` into sealed shards of vectors."
     params = dict(locals())
     check(model, source, engine, dtype, on_duplicate, shard_rows, limit)
-    try: from waystation.embedding.choice import settle
+    try: from waystation.embedding.choice import check_device, settle
     except ImportError as e: raise Refused(f"embed needs {e.name}; pip install 'waystation[embed]'") from e
     from waystation.embedding.engine import Cut, embed_rows, kept_columns, open_model
     from waystation.rows import Rows, Scan
     cut, kept = Cut(chunk_tokens, chunk_overlap, on_long), kept_columns(keep, id, text)
     with begin('embed', params) as job:
         if job.report: return job.report
+        check_device(engine, device, tensor)
         rows, before = Rows(job.inputs['source'].rows, id, text, kept, limit), job.kept('scan.json')
         scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
         opened = partial(open_model, job.inputs['model'].path, pooling, max_tokens, device=device, tensor=tensor)
