@@ -1,18 +1,22 @@
 """Every family of encoder against transformers' own model with random weights, packed, under strict promotion.
 
-Sizes, lengths, eps and the fields that a family knows are drawn from a fixed seed. Nucleotide Transformer v2 exists only as code
+Hypothesis draws sizes, lengths and eps, in the same order every time; the torch engine is held against the same model. Nucleotide Transformer v2 exists only as code
 that travels with the model; its reference is here, written from the published formula (rotary positions, a feed-forward layer
 silu(a) * b without biases, https://github.com/instadeepai/nucleotide-transformer/blob/main/docs/nucleotide_transformer.md).
 """
 
 import json
+import os
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from waystation.assets import resolve
+from waystation.embedding import flat
 from waystation.embedding.encoder import attend, buckets, flash, load, vectors
 from waystation.embedding.engine import Cut, embed_texts, open_model
 from waystation.embedding.models import Checkpoint, read_config, read_recipe, read_weights
@@ -23,7 +27,12 @@ from waystation.runtime import Refused
 torch, transformers = pytest.importorskip("torch"), pytest.importorskip("transformers")
 TEXT = ["bert", "roberta", "xlm-roberta", "mpnet"]
 ESM = [(position, before, dropout) for position in ("absolute", "rotary") for before in (False, True) for dropout in (False, True)]
-CASES = [(f, k) for f in [*TEXT, *(("esm", *e) for e in ESM), "nt-v2"] for k in range(3)]
+FAMILIES = [*TEXT, *(("esm", *e) for e in ESM), "nt-v2"]
+SIZES = st.builds(
+    lambda heads, half, **other: dict(other, num_attention_heads=heads, hidden_size=heads * 2 * half), heads=st.integers(1, 4), half=st.integers(2, 9),
+    vocab_size=st.integers(30, 119), num_hidden_layers=st.integers(1, 4), intermediate_size=st.integers(5, 89),
+    max_position_embeddings=st.integers(40, 199), layer_norm_eps=st.sampled_from([1e-12, 1e-5]))
+MEDIUM = dict(num_attention_heads=3, hidden_size=36, vocab_size=80, num_hidden_layers=3, intermediate_size=50, max_position_embeddings=120, layer_norm_eps=1e-5)
 
 
 @pytest.fixture(autouse=True)
@@ -31,13 +40,6 @@ def _strict():
     "Nothing is promoted or broadcast that is not said to be."
     with jax.numpy_dtype_promotion("strict"), jax.numpy_rank_promotion("raise"):
         yield
-
-
-def sizes(rng):
-    heads = int(rng.integers(1, 5))
-    return dict(vocab_size=int(rng.integers(30, 120)), hidden_size=heads * 2 * int(rng.integers(2, 10)), num_hidden_layers=int(rng.integers(1, 5)),
-                num_attention_heads=heads, intermediate_size=int(rng.integers(5, 90)), max_position_embeddings=int(rng.integers(40, 200)),
-                layer_norm_eps=float(rng.choice([1e-12, 1e-5])))
 
 
 def shaken(model, seed, size=0.1):
@@ -49,13 +51,10 @@ def shaken(model, seed, size=0.1):
     return model.eval()
 
 
-def made(case, folder):
+def made(family, folder, s=MEDIUM, seed=0):
     "A random model of a family, saved by transformers; the same model as the oracle."
-    family, k = case
-    rng = np.random.default_rng([k, CASES.index(case)])
-    s = sizes(rng)
     if family == "nt-v2":
-        return nt_v2(s, folder, k)
+        return nt_v2(s, folder, seed)
     if family[0] == "esm":
         _, position, before, dropout = family
         config = transformers.EsmConfig(**s, pad_token_id=1, mask_token_id=4, position_embedding_type=position, emb_layer_norm_before=before, token_dropout=dropout)
@@ -65,7 +64,7 @@ def made(case, folder):
         pads = dict(bert=0).get(family, 1)
         config = getattr(transformers, classes[family] + "Config")(**s, pad_token_id=pads)
         model = getattr(transformers, classes[family] + "Model")(config)
-    model = shaken(model, k)
+    model = shaken(model, seed)
     model.save_pretrained(folder, safe_serialization=True)
     return lambda ids: model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
@@ -99,37 +98,46 @@ def nt_v2(s, folder, seed):
     return lambda ids: model(ids, attention_mask=torch.ones_like(ids)).last_hidden_state
 
 
-def texts_for(c, rng):
+def texts_for(c, shares, rng):
     "Token ids of texts of every length, among them the longest that fits; in some, masked tokens."
     longest = min(c.limit, 96)
-    lengths = [longest, 1, 2, *rng.integers(1, longest + 1, 6)]
-    return [rng.integers(4 if c.mask >= 0 else 5, c.vocab, n).astype(np.int32) for n in lengths]
-
-
-@pytest.mark.parametrize("case", CASES, ids=lambda c: f"{c[0] if isinstance(c[0], str) else '-'.join(map(str, c[0]))}/{c[1]}")
-def test_agrees_with_transformers_packed(case, tmp_path):
-    oracle = made(case, tmp_path / "model")
-    c = read_config(tmp_path / "model")
-    rng = np.random.default_rng(case[1])
-    texts = texts_for(c, rng)
+    lengths = [longest, 1, 2, *(1 + round(x * (longest - 1)) for x in shares)]
+    texts = [rng.integers(4 if c.mask >= 0 else 5, c.vocab, n).astype(np.int32) for n in lengths]
     for t in texts:  # if all tokens were masked, the published formula would divide by zero
         if c.mask >= 0 and (t == c.mask).all():
             t[0] = 5
+    return texts
+
+
+@pytest.mark.parametrize("family", FAMILIES, ids=lambda f: f if isinstance(f, str) else "-".join(map(str, f)))
+@settings(max_examples=20 if os.environ.get("WAYSTATION_PROVE") else 2, deadline=None, derandomize=True, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(sizes=SIZES, shares=st.lists(st.floats(0, 1), min_size=2, max_size=8), seed=st.integers(0, 2**31))
+def test_agrees_with_transformers_packed_and_flat(family, tmp_path_factory, sizes, shares, seed):
+    folder = tmp_path_factory.mktemp("model") / "model"
+    oracle = made(family, folder, sizes, seed)
+    c = read_config(folder)
+    texts = texts_for(c, shares, np.random.default_rng(seed))
     p = pack([len(t) for t in texts], 128, 8)
-    states = np.asarray(jax.jit(load(tmp_path / "model").__call__)(*lay(p, texts, c.pad)))
+    states = np.asarray(jax.jit(load(folder).__call__)(*lay(p, texts, c.pad)))
+    batches, place = flat.batches(texts, 64)
+    by_torch = flat.load(folder, "cpu")
+    loose = np.concatenate([by_torch.states(b).numpy() for b in batches])
+    ends = np.cumsum([n for b in batches for k, n in b.groups for _ in range(k)])
     assert np.isfinite(states).all()
-    for ids, r, s in zip(texts, p.row, p.start, strict=True):
+    for i, (ids, r, s) in enumerate(zip(texts, p.row, p.start, strict=True)):
         with torch.no_grad():
             want = oracle(torch.tensor(ids[None].astype(np.int64)))[0].numpy()
-        np.testing.assert_allclose(states[r, s:s + len(ids)], want, atol=1e-5 * max(1, np.abs(want).max()))
+        near = 1e-5 * max(1, np.abs(want).max())
+        np.testing.assert_allclose(states[r, s:s + len(ids)], want, atol=near)
+        np.testing.assert_allclose(loose[ends[place[i]] - len(ids):ends[place[i]]], want, atol=near)
 
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 @pytest.mark.parametrize("family", ["bert", "mpnet", ("esm", "rotary", True, True), "nt-v2"])
 def test_sixteen_bits_stay_near(family, dtype, tmp_path):
-    made((family, 0), tmp_path / "model")
+    made(family, tmp_path / "model")
     c = read_config(tmp_path / "model")
-    texts = [t for t in texts_for(c, np.random.default_rng(0)) if len(t) > 3]
+    texts = [t for t in texts_for(c, (0.1, 0.3, 0.5), np.random.default_rng(0)) if len(t) > 3]
     p = pack([len(t) for t in texts], 128, 8)
     full, half = (np.asarray(vectors(load(tmp_path / "model", d), *lay(p, texts, c.pad), 8, "mean", True))[p.row, p.segment] for d in ("float32", dtype))
     assert half.dtype == np.float32 and (full * half).sum(1).min() > (0.998 if dtype == "bfloat16" else 0.9999)
@@ -287,7 +295,7 @@ def test_what_a_family_lacks_is_refused_by_field(kind, fields, tmp_path):
 
 def test_checkpoints_in_parts_and_of_old(tmp_path):
     from safetensors.numpy import save_file
-    made((("esm", "rotary", True, True), 0), tmp_path / "esm")
+    made(("esm", "rotary", True, True), tmp_path / "esm")
     c = read_config(tmp_path / "esm")
     good = dict(Checkpoint(tmp_path / "esm"))
     want = read_weights(c, good)
@@ -315,14 +323,14 @@ def test_checkpoints_in_parts_and_of_old(tmp_path):
     with pytest.raises(Refused, match=r"has no model-1\.safetensors"):
         load(parts)
     # BERT of 2018: gamma and beta
-    made(("bert", 0), tmp_path / "bert")
+    made("bert", tmp_path / "bert")
     b, now = read_config(tmp_path / "bert"), dict(Checkpoint(tmp_path / "bert"))
     then = {"bert." + k.replace("LayerNorm.weight", "LayerNorm.gamma").replace("LayerNorm.bias", "LayerNorm.beta"): v for k, v in now.items()}
     np.testing.assert_array_equal(read_weights(b, then)["norm2_bias"], read_weights(b, now)["norm2_bias"])
 
 
 def test_a_tokenizer_of_another_model_is_refused(tmp_path):
-    made((("esm", "rotary", False, True), 0), tmp_path / "model")
+    made(("esm", "rotary", False, True), tmp_path / "model")
 
     vocab = read_config(tmp_path / "model").vocab
     (tmp_path / "model" / "vocab.txt").write_text("\n".join([*ESM_VOCAB, *(f"<null_{i}>" for i in range(2, 2 + vocab))]))
