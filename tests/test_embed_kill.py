@@ -1,0 +1,90 @@
+"""kill -9 while embedding, at random moments, on a folder and on fake-gcs-server: every id exactly once, vectors equal to an undisturbed run.
+
+Each round kills one `waystation embed` and starts the same command again; when a run is finished, it is compared and the next one begins.
+`make prove` does fifty rounds a place.
+"""
+
+import os
+import random
+import signal
+import subprocess
+import time
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from conftest import WAYSTATION
+from proving import Clock, note, serving, size
+
+from waystation.store import Store
+
+pytestmark = pytest.mark.slow
+
+
+def rows(path, n=240):
+    "Sequences of many lengths; some rows cannot be embedded."
+    rng = np.random.default_rng(0)
+    texts = ["".join(rng.choice(list("ACGTN"), int(k), p=[0.24] * 4 + [0.04])) for k in rng.integers(1, 1500, n)]
+    for i in range(0, n, 40):
+        texts[i] = ["", None, "  "][i // 40 % 3]
+    pq.write_table(pa.table(dict(id=[f"ä{i}" for i in range(n)], text=texts)), path)
+    return n
+
+
+def found(url, run, into):
+    "What the sealed shards of a run hold: (id, vector) pairs, and the ids that were set aside."
+    store, pairs, aside = Store(url), [], 0
+    for name in store.list(f"runs/{run}/embed/1/shards"):
+        table = pq.read_table(store.fetch(name, into / run / name.replace("/", "-")) / "vectors.parquet", columns=["id", "vector"])
+        pairs += zip(table["id"].to_pylist(), (v.values.to_numpy().tobytes() for v in table["vector"]), strict=True)
+        aside += store.read(name).meta["quarantined"]
+    return pairs, aside
+
+
+@pytest.mark.parametrize("engine", ["torch", "jax"])
+@pytest.mark.parametrize("kind", ["file", "gs"])
+def test_kill_at_a_random_moment_of_embed(kind, engine, server, tmp_path):
+    rounds, rng, n = size(2, 25), random.Random(f"{kind}{engine}"), rows(tmp_path / "rows.parquet")
+    with serving(kind, server, tmp_path) as (url, env), Clock() as clock:
+        env |= {"WAYSTATION_STORE": url, "WAYSTATION_WANDB_MODE": "disabled", "OMP_NUM_THREADS": "1"}
+
+        def start(run):
+            command = [WAYSTATION, "embed", "--run", run, "--source", tmp_path / "rows.parquet", "--model", "asset:kmer-random", "--engine", engine,
+                       "--shard-rows", "4"]
+            return subprocess.Popen(list(map(str, command)), env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
+
+        def finish(p, seconds=600):
+            _, said = p.communicate(timeout=seconds)
+            assert p.returncode == 0, said
+
+        began = time.monotonic()
+        finish(start("calm"))
+        whole = time.monotonic() - began
+        want, aside = found(url, "calm", tmp_path)
+        assert len(want) == len(set(want)) == n - aside == n - 6
+
+        kills, runs, at = 0, 0, Counter()
+        while kills < rounds:
+            run, runs = f"r{runs}", runs + 1
+            while True:
+                p = start(run)
+                try:
+                    finish(p, rng.uniform(0.3, 1.1) * whole)
+                    break
+                except subprocess.TimeoutExpired:
+                    os.kill(p.pid, signal.SIGKILL)
+                    p.communicate()
+                kills += 1
+                there = Store(url).list(f"runs/{run}/embed/1/shards")
+                at["before the first shard" if not there else "after the last shard" if len(there) == n // 4 else "between shards"] += 1
+                some, _ = found(url, run, tmp_path)
+                assert len(some) == len({i for i, _ in some}) and set(some) <= set(want)  # what is visible is whole, and nothing stands twice
+                if kills >= rounds:
+                    finish(start(run))
+                    break
+            pairs, _ = found(url, run, tmp_path)
+            assert sorted(pairs) == sorted(want)
+    note("kill -9 while embedding", f"{kind}, {engine}", kills=kills, runs=runs, doubled=0, missing=0, other_vectors=0, at=at, seconds=clock.seconds)
+    print(dict(kills=kills, runs=runs, at=at))
