@@ -7,7 +7,7 @@ __all__ = ['log', 'ENGINES', 'OURS', 'T', 'Laid', 'Model', 'in_order', 'open_mod
            'pieces', 'Shard', 'refuse_long', 'prepare', 'ahead', 'flow', 'write_shard', 'read_shards', 'embed_rows',
            'totals', 'embed_texts']
 
-# %% ../../nbs/embedding/23_engine.ipynb #362c5f20
+# %% ../../nbs/embedding/23_engine.ipynb #d7cdefc4
 import contextlib, functools, json, logging, queue, shutil, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -25,6 +25,7 @@ from .devices import Limit, Program, find_chips, on_host, out_of_memory, stream
 from .encoder import attend, attention_for, load, precision_for, vectors
 from .models import Config, Recipe, read_recipe, table
 from .packing import WIDTHS, choose, lay
+from .reuse import Earlier, take, text_hashes
 from .tokens import Tokenizer, prompted, read_tokenizer
 from ..monitor import Monitor, progress
 from ..recipe import Job
@@ -223,8 +224,8 @@ class Cut:
             raise Refused(f"chunk_tokens={self.chunk_tokens}, but a text has room for {model.room} tokens beside {model.tokenizer.extra} "
                           f"special ones (max_tokens={model.recipe.max_tokens}); use at most {model.room}, or 0 for no chunks")
 
-# %% ../../nbs/embedding/23_engine.ipynb #5b42ea84
-OURS = ('id', 'doc_id', 'text', 'n_tokens', 'vector')
+# %% ../../nbs/embedding/23_engine.ipynb #bbab6af2
+OURS = ('id', 'doc_id', 'text', 'n_tokens', 'vector', 'hash')  # hash: of the source text, by which an update knows a row again
 
 def kept_columns(
     keep:str,       # Names, separated by commas
@@ -269,18 +270,21 @@ def pieces(
     laid = model.lay([model.tokenizer.wrap(x) for _, x in cut], (usual or room) + model.tokenizer.extra)
     return Pieces(np.array([i for i, _ in cut]), np.array([len(x) for _, x in cut]), laid)
 
-# %% ../../nbs/embedding/23_engine.ipynb #0e6db292
+# %% ../../nbs/embedding/23_engine.ipynb #54350205
 @dataclass
 class Shard:
     "A range of source rows, ready for the device."
     number:int
-    texts:pa.Table            # id, doc_id, text, n_tokens, kept columns: one row a vector
+    texts:pa.Table            # id, doc_id, text, n_tokens, hash, kept columns: one row a vector to compute
     aside:list[dict]          # Rows that get no vector, with the reason
     source_rows:int
     long:int                  # Texts over the model's limit
     pieces:Pieces
+    old:pa.Table              # Rows that an earlier attempt made, vectors included
+    order:np.ndarray          # Where the rows of `texts` and then of `old` stand in the source
+    counts:dict[str,int]      # Source rows: rows_reused, rows_computed, rows_changed
 
-# %% ../../nbs/embedding/23_engine.ipynb #c1458c48
+# %% ../../nbs/embedding/23_engine.ipynb #5a5a8ea5
 def _sort_out(batch:pa.RecordBatch, start:int, duplicates:Mapping[int,int]) -> tuple[list[int],list[dict]]:
     "Which rows have something to embed, and what is wrong with the others."
     good, aside = [], []
@@ -290,8 +294,8 @@ def _sort_out(batch:pa.RecordBatch, start:int, duplicates:Mapping[int,int]) -> t
         else: good.append(i)
     return good, aside
 
-def _one_text_a_row(model:Model, batch:pa.RecordBatch, cut:Cut) -> tuple[pa.Table,list[np.ndarray],list[tuple[int,str]]]:
-    "Texts or chunks as a table, the tokens of each, and row and id of those in which no token was left."
+def _one_text_a_row(model:Model, batch:pa.RecordBatch, hashes:pa.Array, cut:Cut) -> tuple[pa.Table,list[np.ndarray],pa.Array,list[tuple[int,str]]]:
+    "Texts or chunks as a table, tokens and source row of each, and row and id of those in which no token was left."
     texts, docs, encode = batch['text'].to_pylist(), [str(x) for x in batch['id'].to_pylist()], model.tokenizer.encode
     found = encode(texts)
     empty = [(i, docs[i]) for i, (x, _, _) in enumerate(found) if not len(x)]
@@ -309,7 +313,7 @@ def _one_text_a_row(model:Model, batch:pa.RecordBatch, cut:Cut) -> tuple[pa.Tabl
     columns = dict(id=pa.array(names, pa.string()), doc_id=pa.array([docs[i] for i in source], pa.string()), text=pa.array(cuts, pa.string()),
                    n_tokens=pa.array([len(x) for x in ids], pa.int32()))
     rows = pa.array(source, pa.int32())
-    return pa.table(columns | {name: batch[name].take(rows) for name in batch.schema.names[2:]}), ids, empty
+    return pa.table(columns | dict(hash=hashes.take(rows)) | {name: batch[name].take(rows) for name in batch.schema.names[2:]}), ids, rows, empty
 
 # %% ../../nbs/embedding/23_engine.ipynb #4b6b8114
 def _too_long(model:Model, id:str, n:int) -> str:
@@ -323,7 +327,7 @@ def refuse_long(model:Model, rows:Rows, cut:Cut) -> None:
         long = [(i, len(x)) for i, (x, _, _) in zip(ids, model.tokenizer.encode(texts), strict=True) if len(x) > model.room]
         if long: raise Refused(f"{_too_long(model, *long[0])} ({len(long)} such in its batch of {len(ids)} rows)")
 
-# %% ../../nbs/embedding/23_engine.ipynb #6d052342
+# %% ../../nbs/embedding/23_engine.ipynb #45919929
 def prepare(
     model:Model,
     number:int,                  # Of the shard
@@ -331,15 +335,22 @@ def prepare(
     batch:pa.RecordBatch,        # Its source rows: id, text, kept columns
     cut:Cut,
     duplicates:Mapping[int,int], # Row number -> first row with the same id
+    earlier:Earlier|None=None,   # What an update may take over
 ) -> Shard:
     "Set aside what has no text, cut, tokenise, hold the limit, lay out: all that needs no device."
     good, aside = _sort_out(batch, start, duplicates)
-    texts, ids, empty = _one_text_a_row(model, batch.take(pa.array(good, pa.int32())), cut)
+    hashes, old, whose, changed = text_hashes(batch), pa.table({}), np.empty(0, np.int64), 0
+    if earlier: old, whose, changed = take(earlier, batch, hashes, good, [i for i in range(batch.num_rows) if start + i not in duplicates])
+    kept = set(whose.tolist())
+    new = pa.array(good := [i for i in good if i not in kept], pa.int32())
+    texts, ids, rows, empty = _one_text_a_row(model, batch.take(new), hashes.take(new), cut)
     aside += [dict(row=start + good[i], id=id, reason='no tokens') for i, id in empty]
     long = [i for i, x in enumerate(ids) if len(x) > model.room]
     if long and cut.on_long == 'error': raise Refused(_too_long(model, texts['id'][long[0]].as_py(), len(ids[long[0]])))
     todo = pieces(model, ids, cut.on_long == 'window', cut.chunk_tokens)
-    return Shard(number, texts, sorted(aside, key=lambda a: a['row']), batch.num_rows, len(long), todo)
+    before = int((old['n_tokens'].to_numpy() > model.room).sum()) if len(kept) else 0
+    return Shard(number, texts, sorted(aside, key=lambda a: a['row']), batch.num_rows, len(long) + before, todo, old,
+                 np.concatenate([new.take(rows).to_numpy(), whose]), dict(rows_reused=len(kept), rows_computed=len(good), rows_changed=changed))
 
 # %% ../../nbs/embedding/23_engine.ipynb #8d14f8e9
 T = TypeVar('T')
@@ -383,7 +394,7 @@ def flow(
         shard.pieces.results += results  # none when every row was set aside
         yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize) if results else np.zeros((0, model.recipe.dimensions), np.float32)
 
-# %% ../../nbs/embedding/23_engine.ipynb #cb46b763
+# %% ../../nbs/embedding/23_engine.ipynb #f7cf3af3
 def write_shard(
     folder:Path,      # Made anew
     shard:Shard,
@@ -399,10 +410,13 @@ def write_shard(
     shutil.rmtree(folder, ignore_errors=True)  # left over from a kill
     folder.mkdir(parents=True)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(kept.reshape(-1)), kept.shape[1])
-    pq.write_table(shard.texts.add_column(4, 'vector', flat), folder/'vectors.parquet')
+    table = shard.texts.add_column(4, 'vector', flat)
+    if shard.old.num_rows: table = pa.concat_tables([table, shard.old]).take(np.argsort(shard.order, kind='stable')).combine_chunks()
+    pq.write_table(table, folder/'vectors.parquet')
     (folder/'quarantine.jsonl').write_text(''.join(json.dumps(a, ensure_ascii=False) + '\n' for a in shard.aside), encoding='utf-8')
     norms, laid = np.linalg.norm(y, axis=1), shard.pieces.laid
-    return dict(rows=len(y), source_rows=shard.source_rows, quarantined=len(shard.aside), reasons=dict(Counter(a['reason'] for a in shard.aside)),
+    return shard.counts | dict(rows=table.num_rows, vectors_reused=shard.old.num_rows, source_rows=shard.source_rows,
+                quarantined=len(shard.aside), reasons=dict(Counter(a['reason'] for a in shard.aside)),
                 long=shard.long, tokens=sum(laid.tokens), slots=laid.slots,
                 norms=[float(f(norms)) for f in (np.mean, np.min, np.max)] if len(y) else [])
 
@@ -424,7 +438,7 @@ def read_shards(
                 waiting = both.slice(size).to_batches()
         if waiting: yield wanted.popleft(), pa.Table.from_batches(waiting).combine_chunks().to_batches()[0]
 
-# %% ../../nbs/embedding/23_engine.ipynb #4c26026d
+# %% ../../nbs/embedding/23_engine.ipynb #6f9b5074
 def embed_rows(
     job:Job,
     rows:Rows,
@@ -441,7 +455,8 @@ def embed_rows(
     found, todo = len(metas), [i for i in range(-(-scan.n_rows // shard_rows)) if i not in metas]
     log.info('%d shards are sealed already, %d to compute', found, len(todo))
     if model.program and todo: model.program.kept.fetch(job.store)
-    work = (prepare(model, i, i * shard_rows, batch, cut, scan.duplicates) for i, batch in read_shards(rows, todo, shard_rows))
+    earlier = Earlier(job) if todo and job.earlier else None
+    work = (prepare(model, i, i * shard_rows, batch, cut, scan.duplicates, earlier) for i, batch in read_shards(rows, todo, shard_rows))
     done = sum(m['source_rows'] for m in metas.values())
     # closing: whatever happens here, the thread has ended before another process may write this run
     with (progress(scan.n_rows, 'embed', 'row', done) as bar, Monitor(job, job.params) as mon,
@@ -449,7 +464,7 @@ def embed_rows(
         since, (_, told) = time.monotonic(), model.news()
         for shard, y in computed:
             folder = job.work/f'shard-{shard.number}'
-            meta = write_shard(folder, shard, y, dtype) | dict(made=made)
+            meta = write_shard(folder, shard, y, dtype) | dict(made=made, rows_before=len(earlier) if earlier else 0)
             meta['seconds'], since = round(time.monotonic() - since, 3), time.monotonic()
             new, told = model.news(told)
             meta |= {k: v for k, v in new.items() if v}  # while later batches are under way: in the shard during which it happened
@@ -461,24 +476,27 @@ def embed_rows(
             mon.log(_figures(meta), step=shard.number)
     return totals(metas.values(), cut) | dict(shards_found=found, shards_computed=len(todo))
 
-# %% ../../nbs/embedding/23_engine.ipynb #24fb4c82
+# %% ../../nbs/embedding/23_engine.ipynb #ef125fc6
 def _figures(meta:Mapping[str,Any]) -> dict[str,float]:
     "What is worth a curve."
-    seconds = max(meta['seconds'], 1e-3)
-    return {'rows_per_second': meta['rows'] / seconds, 'tokens_per_second': meta['tokens'] / seconds, 'fill': meta['tokens'] / max(meta['slots'], 1),
+    seconds, computed = max(meta['seconds'], 1e-3), meta['rows'] - meta['vectors_reused']
+    return {'rows_per_second': computed / seconds, 'tokens_per_second': meta['tokens'] / seconds, 'fill': meta['tokens'] / max(meta['slots'], 1),
             'norm_mean': meta['norms'][0] if meta['norms'] else 0., 'rss_gb': host_memory()['rss_gb']}
 
 def totals(metas:Iterable[Mapping[str,Any]], cut:Cut) -> dict[str,Any]: # Plain JSON
     "Sum up what the seals of shards say."
     ms = list(metas)
     def add(key:str) -> Any: return sum(m[key] for m in ms)
+    ours = {k: sum(m.get(k, 0) for m in ms) for k in ('vectors_reused', 'rows_reused', 'rows_computed', 'rows_changed')}
+    ours['rows_vanished'] = max((m.get('rows_before', 0) for m in ms), default=0) - ours['rows_reused'] - ours['rows_changed']
     reasons = Counter[str]()
     for m in ms: reasons.update(m['reasons'])
     makers = list({m['made']['engine']: m['made'] for m in ms if 'made' in m}.values())
     made = {f'engine_{key}' if key == 'why' else key: '; '.join(dict.fromkeys(m[key] for m in makers)) for key in ('engine', 'device', 'computed', 'why')}
-    return made | dict(rows=add('rows'), source_rows=add('source_rows'), quarantined=add('quarantined'), quarantine_reasons=dict(reasons),
+    return made | ours | dict(rows=add('rows'), source_rows=add('source_rows'), quarantined=add('quarantined'), quarantine_reasons=dict(reasons),
                 truncated=add('long') * (cut.on_long == 'truncate'), windowed=add('long') * (cut.on_long == 'window'), shards=len(ms),
-                tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4), rows_per_second=round(add('rows') / max(add('seconds'), 1e-3), 1),
+                tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4),
+                rows_per_second=round((add('rows') - ours['vectors_reused']) / max(add('seconds'), 1e-3), 1),
                 **{k: [x for m in ms for x in m.get(k, [])] for k in ('compiled', 'out_of_memory')})
 
 # %% ../../nbs/embedding/23_engine.ipynb #224607da

@@ -22,12 +22,13 @@ def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #5841d4b7
+# %% ../../nbs/stations/3_embed.ipynb #d2b54d41
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
     seed:int=0,                   # Unused here: nothing in this step is drawn at random
     restart:bool=False,           # Begin this step anew; what was sealed stays readable
+    update:bool=False,            # The source changed: embed the new and changed rows alone, and leave out those that are gone
     take_over:bool=False,         # Take the run from another writer that still seems alive
     step:str='embed',             # Name of this step in the run
     source:str='asset:banking',   # Rows: file, folder, pattern, gs://, s3://; Parquet, Arrow, JSONL, CSV, FASTA, FASTQ
@@ -61,7 +62,7 @@ def embed(
         rows, before = Rows(job.inputs['source'].rows, id, text, kept, limit), job.kept('scan.json')
         scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
         opened = partial(open_model, job.inputs['model'].path, pooling, max_tokens, device=device, tensor=tensor)
-        m, why = settle(job, rows, scan, opened, cut, shard_rows, dtype, engine)
+        m, why = settle(job, rows, scan, opened, cut, dtype, engine)
         scan.save(job.found)
         done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype, why)
         return job.finish(done | m.about | dict(

@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ..runtime import Refused
 
-# %% ../../nbs/vectors/30_table.ipynb #efe1a6b0
+# %% ../../nbs/vectors/30_table.ipynb #cadd1860
 def _vectors(name:str, folder:Path) -> pq.ParquetFile:
     "The shard's vectors, with what a table asks of them."
     path = folder/'vectors.parquet'
@@ -33,6 +33,9 @@ def _vectors(name:str, folder:Path) -> pq.ParquetFile:
         raise Refused(f"shard {name} has the column {dotted[0]!r}; a full stop in a name means a field of a struct to Lance: rename the column and embed again")
     return file
 
+def _shown(schema:pa.Schema) -> pa.Schema: # `hash` is how an update knows a row again; nobody asks a table for it
+    return pa.schema([f for f in schema if f.name != 'hash'])
+
 def _same(name:str, got:pa.Schema, want:pa.Schema) -> None:
     "Refuse a shard that does not fit the first one."
     wrong = [f"{c}: {got.field(c).type if c in got.names else 'missing'} instead of {want.field(c).type if c in want.names else 'nothing'}"
@@ -43,7 +46,7 @@ def _same(name:str, got:pa.Schema, want:pa.Schema) -> None:
 def _batches(name:str, folder:Path, want:pa.Schema, counts:Counter) -> Iterator[pa.RecordBatch]:
     "The record batches of one shard, checked and counted on the way."
     file = _vectors(name, folder)
-    _same(name, file.schema_arrow, want)
+    _same(name, _shown(file.schema_arrow), want)
     for batch in file.iter_batches(batch_size=4096):
         flat = batch['vector'].flatten().to_numpy(zero_copy_only=False)
         if batch['vector'].null_count or not np.isfinite(flat).all():
@@ -55,7 +58,7 @@ def _batches(name:str, folder:Path, want:pa.Schema, counts:Counter) -> Iterator[
         with aside.open(encoding='utf-8') as f: reasons = Counter(json.loads(line).get('reason', 'no reason given') for line in f if line.strip())
         counts.update({f'quarantined: {r}': n for r, n in reasons.items()})
 
-# %% ../../nbs/vectors/30_table.ipynb #a9ae63dd
+# %% ../../nbs/vectors/30_table.ipynb #50a6ebad
 def write_table(
     shards:Iterable[tuple[str,Path]], # Names and folders; a folder is read before the next one is asked for
     to:Path,                          # A folder that does not exist yet, on a local disk
@@ -65,7 +68,7 @@ def write_table(
     shards, counts = iter(shards), Counter[str]()
     first = next(shards, None)
     if first is None: raise Refused("there are no shards; a table needs at least one: run embed first, or name other shards")
-    want = _vectors(*first).schema_arrow.remove_metadata()
+    want = _shown(_vectors(*first).schema_arrow)
     trouble: list[BaseException] = []
     def batches():
         try:
