@@ -157,6 +157,39 @@ def test_rows_that_were_set_aside_are_tried_again(bench):
     assert "s4" not in by_id(worse)
 
 
+@pytest.mark.parametrize("how", [{}, dict(chunk_tokens=20, chunk_overlap=5)])
+def test_a_tokenizer_that_fails_once(bench, monkeypatch, how):
+    "The text that it cannot read is set aside alone; an update of the same source tries that one again, and nothing else."
+    bench.write(ROWS)
+    real, bad = engine.read_tokenizer, ROWS["s7"]
+
+    def read_tokenizer(folder):
+        tokenizer = real(folder)
+
+        def encode(texts):
+            if bad in texts:
+                raise UnicodeDecodeError("utf-8", b"x", 0, 1, "not this one")
+            return tokenizer.encode(texts)
+
+        return engine.Tokenizer(encode, tokenizer.prefix, tokenizer.suffix, tokenizer.top)
+
+    engine.open_model.cache_clear()
+    monkeypatch.setattr(engine, "read_tokenizer", read_tokenizer)
+    first = bench(**how)
+    monkeypatch.setattr(engine, "read_tokenizer", real)
+    engine.open_model.cache_clear()
+    assert first["quarantine_reasons"] == {"cannot be tokenised": 1}
+    store = Store(first["params"]["store"])
+    (aside,) = [json.loads(x) for x in (store.fetch(f"{first['shards_at']}/1", bench.path.parent / "q") / "quarantine.jsonl").read_text().splitlines()]
+    assert (aside["row"], aside["id"]) == (7, "s7") and aside["reason"].startswith("cannot be tokenised: 'utf-8' codec")
+    before = by_id(first)
+    assert {i.split("#")[0] for i in before} == {*ROWS} - {"s7"}
+    report = bench(update=True, **how)
+    assert counts(report) == [16, 1, 0, 0] and report["quarantined"] == 0 and sum(bench.given) == report["rows"] - first["rows"] > 0
+    assert {i: v for i, v in by_id(report).items() if i in before} == before
+    assert bench(update=True, **how) == report
+
+
 def test_chunks_of_a_document_go_together(bench):
     how = dict(chunk_tokens=20, chunk_overlap=5)
     rows = {f"d#{i}": dna(200 + 40 * i) for i in range(7)}  # ids that look like those of chunks

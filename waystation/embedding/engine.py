@@ -284,7 +284,7 @@ class Shard:
     order:np.ndarray          # Where the rows of `texts` and then of `old` stand in the source
     counts:dict[str,int]      # Source rows: rows_reused, rows_computed, rows_changed
 
-# %% ../../nbs/embedding/23_engine.ipynb #5a5a8ea5
+# %% ../../nbs/embedding/23_engine.ipynb #27f98759
 def _sort_out(batch:pa.RecordBatch, start:int, duplicates:Mapping[int,int]) -> tuple[list[int],list[dict]]:
     "Which rows have something to embed, and what is wrong with the others."
     good, aside = [], []
@@ -294,20 +294,31 @@ def _sort_out(batch:pa.RecordBatch, start:int, duplicates:Mapping[int,int]) -> t
         else: good.append(i)
     return good, aside
 
-def _one_text_a_row(model:Model, batch:pa.RecordBatch, hashes:pa.Array, cut:Cut) -> tuple[pa.Table,list[np.ndarray],pa.Array,list[tuple[int,str]]]:
-    "Texts or chunks as a table, tokens and source row of each, and row and id of those in which no token was left."
-    texts, docs, encode = batch['text'].to_pylist(), [str(x) for x in batch['id'].to_pylist()], model.tokenizer.encode
-    found = encode(texts)
-    empty = [(i, docs[i]) for i, (x, _, _) in enumerate(found) if not len(x)]
+def _encode(model:Model, texts:Sequence[str]) -> tuple[list[tuple[np.ndarray,np.ndarray,np.ndarray]],dict[int,str]]: # Tokens, and why some have none
+    "What the tokenizer makes of each text; when it fails, each text is given to it alone, and only those that fail are without tokens."
+    try: return (found := model.tokenizer.encode(texts)), {i: 'no tokens' for i, (x, _, _) in enumerate(found) if not len(x)}
+    except MemoryError: raise  # says nothing about a text
+    except Exception as e:
+        if len(texts) == 1:
+            none = np.empty(0, np.int32)
+            return [(none, none.reshape(0, 2), none)], {0: f"cannot be tokenised: {' '.join(str(e).split())[:200] or type(e).__name__}"}
+    alone = [_encode(model, [t]) for t in texts]
+    return [f[0] for f, _ in alone], {i: why[0] for i, (_, why) in enumerate(alone) if why}
+
+def _one_text_a_row(model:Model, batch:pa.RecordBatch, hashes:pa.Array, cut:Cut) -> tuple[pa.Table,list[np.ndarray],pa.Array,list[tuple[int,str,str]]]:
+    "Texts or chunks as a table, tokens and source row of each; and row, id and reason of those in which no token was left."
+    texts, docs = batch['text'].to_pylist(), [str(x) for x in batch['id'].to_pylist()]
+    found, wrong = _encode(model, texts)
+    empty = [(i, docs[i], why) for i, why in wrong.items()]
     if cut.chunk_tokens:
         spans = [chunks(w, cut.chunk_tokens, cut.chunk_overlap) if len(w) else [] for _, _, w in found]
         source = [i for i, s in enumerate(spans) for _ in s]
         names = [f'{docs[i]}#{k}' for i, s in enumerate(spans) for k in range(len(s))]
         cuts = [texts[i][found[i][1][a, 0]:found[i][1][b-1, 1]] for i, s in enumerate(spans) for a, b in s]
-        found = encode(cuts)  # again, by itself: a chunk's vector is that of its text, whoever embeds it
+        found, wrong = _encode(model, cuts)  # again, by itself: a chunk's vector is that of its text, whoever embeds it
     else:
         source, names, cuts = list(range(len(texts))), docs, texts
-    empty += [(source[j], names[j]) for j, (x, _, _) in enumerate(found) if cut.chunk_tokens and not len(x)]
+    if cut.chunk_tokens: empty += [(source[j], names[j], why) for j, why in wrong.items()]
     some = [j for j, (x, _, _) in enumerate(found) if len(x)]
     source, names, cuts, ids = [source[j] for j in some], [names[j] for j in some], [cuts[j] for j in some], [found[j][0] for j in some]
     columns = dict(id=pa.array(names, pa.string()), doc_id=pa.array([docs[i] for i in source], pa.string()), text=pa.array(cuts, pa.string()),
@@ -315,7 +326,7 @@ def _one_text_a_row(model:Model, batch:pa.RecordBatch, hashes:pa.Array, cut:Cut)
     rows = pa.array(source, pa.int32())
     return pa.table(columns | dict(hash=hashes.take(rows)) | {name: batch[name].take(rows) for name in batch.schema.names[2:]}), ids, rows, empty
 
-# %% ../../nbs/embedding/23_engine.ipynb #4b6b8114
+# %% ../../nbs/embedding/23_engine.ipynb #a8bfd12c
 def _too_long(model:Model, id:str, n:int) -> str:
     return f"row {id!r} has {n} tokens, on_long='error' and the model takes {model.room}; pass on_long truncate or window, or chunk_tokens"
 
@@ -324,10 +335,10 @@ def refuse_long(model:Model, rows:Rows, cut:Cut) -> None:
     if cut.on_long != 'error' or cut.chunk_tokens: return
     for batch in rows.batches():
         ids, texts = batch['id'].to_pylist(), [t or '' for t in batch['text'].to_pylist()]
-        long = [(i, len(x)) for i, (x, _, _) in zip(ids, model.tokenizer.encode(texts), strict=True) if len(x) > model.room]
+        long = [(i, len(x)) for i, (x, _, _) in zip(ids, _encode(model, texts)[0], strict=True) if len(x) > model.room]
         if long: raise Refused(f"{_too_long(model, *long[0])} ({len(long)} such in its batch of {len(ids)} rows)")
 
-# %% ../../nbs/embedding/23_engine.ipynb #45919929
+# %% ../../nbs/embedding/23_engine.ipynb #069d0d7a
 def prepare(
     model:Model,
     number:int,                  # Of the shard
@@ -344,7 +355,7 @@ def prepare(
     kept = set(whose.tolist())
     new = pa.array(good := [i for i in good if i not in kept], pa.int32())
     texts, ids, rows, empty = _one_text_a_row(model, batch.take(new), hashes.take(new), cut)
-    aside += [dict(row=start + good[i], id=id, reason='no tokens') for i, id in empty]
+    aside += [dict(row=start + good[i], id=id, reason=why) for i, id, why in empty]
     long = [i for i, x in enumerate(ids) if len(x) > model.room]
     if long and cut.on_long == 'error': raise Refused(_too_long(model, texts['id'][long[0]].as_py(), len(ids[long[0]])))
     todo = pieces(model, ids, cut.on_long == 'window', cut.chunk_tokens)
@@ -394,7 +405,7 @@ def flow(
         shard.pieces.results += results  # none when every row was set aside
         yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize) if results else np.zeros((0, model.recipe.dimensions), np.float32)
 
-# %% ../../nbs/embedding/23_engine.ipynb #f7cf3af3
+# %% ../../nbs/embedding/23_engine.ipynb #2b5e71a7
 def write_shard(
     folder:Path,      # Made anew
     shard:Shard,
@@ -416,7 +427,7 @@ def write_shard(
     (folder/'quarantine.jsonl').write_text(''.join(json.dumps(a, ensure_ascii=False) + '\n' for a in shard.aside), encoding='utf-8')
     norms, laid = np.linalg.norm(y, axis=1), shard.pieces.laid
     return shard.counts | dict(rows=table.num_rows, vectors_reused=shard.old.num_rows, source_rows=shard.source_rows,
-                quarantined=len(shard.aside), reasons=dict(Counter(a['reason'] for a in shard.aside)),
+                quarantined=len(shard.aside), reasons=dict(Counter(a['reason'].partition(':')[0] for a in shard.aside)),  # what a tokenizer says of each is in the file
                 long=shard.long, tokens=sum(laid.tokens), slots=laid.slots,
                 norms=[float(f(norms)) for f in (np.mean, np.min, np.max)] if len(y) else [])
 
@@ -499,7 +510,7 @@ def totals(metas:Iterable[Mapping[str,Any]], cut:Cut) -> dict[str,Any]: # Plain 
                 rows_per_second=round((add('rows') - ours['vectors_reused']) / max(add('seconds'), 1e-3), 1),
                 **{k: [x for m in ms for x in m.get(k, [])] for k in ('compiled', 'out_of_memory')})
 
-# %% ../../nbs/embedding/23_engine.ipynb #224607da
+# %% ../../nbs/embedding/23_engine.ipynb #de5c0dff
 def embed_texts(
     model_folder:str|Path, # The model that the rows were embedded with
     texts:Sequence[str],   # A few texts
@@ -510,7 +521,8 @@ def embed_texts(
 ) -> np.ndarray:           # [n, D] float32
     "Vectors of texts, in order."
     model = open_model(model_folder, pooling, max_tokens, dimensions, prompt)
-    batch = pa.record_batch(dict(id=[str(i) for i in range(len(texts))], text=pa.array(texts, pa.string())))
+    try: batch = pa.record_batch(dict(id=[str(i) for i in range(len(texts))], text=pa.array(texts, pa.string())))
+    except UnicodeEncodeError as e: raise Refused(f"a text cannot be written as UTF-8 ({e}): half of a surrogate pair; leave that character out") from e
     shard = prepare(model, 0, 0, batch, Cut(), {})
     if shard.aside: raise Refused(f"text {shard.aside[0]['id']} ({texts[shard.aside[0]['row']]!r}) cannot be embedded: {shard.aside[0]['reason']}; leave it out")
     (_, y), = flow(model, [shard])

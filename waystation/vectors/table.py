@@ -19,7 +19,7 @@ import pyarrow.parquet as pq
 
 from ..runtime import Refused
 
-# %% ../../nbs/vectors/30_table.ipynb #cadd1860
+# %% ../../nbs/vectors/30_table.ipynb #c3c058fc
 def _vectors(name:str, folder:Path) -> pq.ParquetFile:
     "The shard's vectors, with what a table asks of them."
     path = folder/'vectors.parquet'
@@ -55,7 +55,7 @@ def _batches(name:str, folder:Path, want:pa.Schema, counts:Counter) -> Iterator[
         yield pa.RecordBatch.from_arrays([batch[c] for c in want.names], schema=want)
     aside = folder/'quarantine.jsonl'
     if aside.exists():
-        with aside.open(encoding='utf-8') as f: reasons = Counter(json.loads(line).get('reason', 'no reason given') for line in f if line.strip())
+        with aside.open(encoding='utf-8') as f: reasons = Counter(json.loads(line).get('reason', 'no reason given').partition(':')[0] for line in f if line.strip())
         counts.update({f'quarantined: {r}': n for r, n in reasons.items()})
 
 # %% ../../nbs/vectors/30_table.ipynb #50a6ebad
