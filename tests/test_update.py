@@ -268,6 +268,33 @@ def test_the_table_has_what_the_source_has(bench):
     assert {i: v.values.to_numpy().tobytes() for i, v in zip(table["id"].to_pylist(), table["vector"], strict=True)} == want
 
 
+def test_int8_to_the_table(bench, tmp_path):
+    "A quarter of the bytes, its error told, taken over by an update, and nearly the same neighbours in the table."
+    import lance
+
+    rows = {f"s{i}": dna(60 + i) for i in range(200)}
+    bench.write(rows)
+    exact = bench(shard_rows=64, run="exact")
+    bench(shard_rows=64, dtype="int8")
+    bench.write(rows | {"s3": dna(500)})
+    report = bench(shard_rows=64, dtype="int8", update=True)
+    assert counts(report) == [199, 1, 1, 0]
+    assert exact["storage_error"] < 1e-12 < report["storage_error"] < 1e-3
+    store = Store(report["params"]["store"])
+    assert report["storage_error"] == max(store.read(n).meta["storage_error"] for n in store.list(report["shards_at"])) > 0
+    table = sealed(report)
+    assert table.schema.field("vector").type == pa.list_(pa.int8(), 128) and table.schema.field("scale").type == pa.float32()
+    made = [lance.dataset(export(run=r, store=bench.args["store"])["table"]).to_table() for r in ("exact", "u")]
+    assert made[1].schema.equals(made[0].schema)
+    a, b = (np.stack(t["vector"].to_numpy(zero_copy_only=False)) for t in made)
+    others = np.arange(200) != 3
+    a, b = a[others], b[others]
+    a, b = (x / np.linalg.norm(x, axis=1, keepdims=True) for x in (a, b))
+    assert (a * b).sum(1).min() > 0.999
+    near = [np.argsort(-(x @ x.T), axis=1)[:, 1:11] for x in (a, b)]
+    assert np.mean([len({*p} & {*q}) / 10 for p, q in zip(*near, strict=True)]) > 0.8
+
+
 @pytest.mark.slow
 def test_killed_twice(bench, env, cli, tmp_path):
     "kill -9 in the middle of an update, and of its second try: the third ends where an undisturbed one does."

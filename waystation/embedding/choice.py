@@ -76,7 +76,7 @@ def fastest(
     told = ', '.join(f'{e} {r:,.0f}' for e, r in sorted(rates.items(), key=lambda x: -x[1]))
     return max(models, key=lambda m: rates[m.engine]), f'tokens a {unit} on the first {batch.num_rows} rows: {told}'
 
-# %% ../../nbs/embedding/24_choice.ipynb #e78113a2
+# %% ../../nbs/embedding/24_choice.ipynb #3e3ec1b8
 FAR, NEAR = 1e-4, 0.99999  # of normalised vectors: largest difference of a number, and least cosine
 
 def gap(
@@ -96,12 +96,15 @@ def compare(
     dtype:str,        # How the run keeps its vectors
 ) -> tuple[float,float]: # As `gap`
     "Compute a sealed shard once more, and say how far the vectors are from those that are sealed."
-    sealed = pq.read_table(job.store.fetch(name, job.work/'compared')/'vectors.parquet', columns=['id', 'text', 'vector']).combine_chunks()
+    sealed = pq.read_table(job.store.fetch(name, job.work/'compared')/'vectors.parquet').combine_chunks()
     if not sealed.num_rows: return 0., 1.
     # its own texts, chunks too: an update has other source rows under that number
     (shard, y), = flow(model, [prepare(model, 0, 0, sealed.select(['id', 'text']).to_batches()[0], replace(cut, chunk_tokens=0), {})])
     if shard.texts['id'].to_pylist() != sealed['id'].to_pylist(): return float('inf'), -1.
-    return gap(y.astype(dtype), sealed['vector'].combine_chunks().flatten().to_numpy().reshape(y.shape))
+    kept = sealed['vector'].combine_chunks().flatten().to_numpy().reshape(y.shape)
+    if dtype != 'int8': return gap(y.astype(dtype), kept)
+    step = sealed['scale'].to_numpy()[:, None]  # the nearest vector that is stored as the sealed one: a step of int8 is larger than FAR
+    return gap(y, np.clip(y, (kept - 0.5) * step, (kept + 0.5) * step))
 
 # %% ../../nbs/embedding/24_choice.ipynb #a53f6b7e
 def settle(

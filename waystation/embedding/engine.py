@@ -7,7 +7,7 @@ __all__ = ['log', 'ENGINES', 'OURS', 'T', 'Laid', 'Model', 'in_order', 'open_mod
            'pieces', 'Shard', 'refuse_long', 'prepare', 'ahead', 'flow', 'write_shard', 'read_shards', 'embed_rows',
            'totals', 'embed_texts']
 
-# %% ../../nbs/embedding/23_engine.ipynb #d7cdefc4
+# %% ../../nbs/embedding/23_engine.ipynb #7e53cdcf
 import contextlib, functools, json, logging, queue, shutil, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 from flax import nnx
 
 from .devices import Limit, Program, find_chips, on_host, out_of_memory, stream
-from .encoder import attend, attention_for, load, precision_for, vectors
+from .encoder import attend, attention_for, load, precision_for, shrink, storage_error, vectors
 from .models import Config, Recipe, read_recipe, table
 from .packing import WIDTHS, choose, lay
 from .reuse import Earlier, take, text_hashes
@@ -224,8 +224,8 @@ class Cut:
             raise Refused(f"chunk_tokens={self.chunk_tokens}, but a text has room for {model.room} tokens beside {model.tokenizer.extra} "
                           f"special ones (max_tokens={model.recipe.max_tokens}); use at most {model.room}, or 0 for no chunks")
 
-# %% ../../nbs/embedding/23_engine.ipynb #bbab6af2
-OURS = ('id', 'doc_id', 'text', 'n_tokens', 'vector', 'hash')  # hash: of the source text, by which an update knows a row again
+# %% ../../nbs/embedding/23_engine.ipynb #1b33ad09
+OURS = ('id', 'doc_id', 'text', 'n_tokens', 'vector', 'scale', 'hash')  # scale: of int8 vectors; hash: of the source text, by which an update knows a row again
 
 def kept_columns(
     keep:str,       # Names, separated by commas
@@ -270,7 +270,7 @@ def pieces(
     laid = model.lay([model.tokenizer.wrap(x) for _, x in cut], (usual or room) + model.tokenizer.extra)
     return Pieces(np.array([i for i, _ in cut]), np.array([len(x) for _, x in cut]), laid)
 
-# %% ../../nbs/embedding/23_engine.ipynb #54350205
+# %% ../../nbs/embedding/23_engine.ipynb #3fb512a9
 @dataclass
 class Shard:
     "A range of source rows, ready for the device."
@@ -281,6 +281,7 @@ class Shard:
     long:int                  # Texts over the model's limit
     pieces:Pieces
     old:pa.Table              # Rows that an earlier attempt made, vectors included
+    old_error:float           # The largest storage error of the shards that they come from
     order:np.ndarray          # Where the rows of `texts` and then of `old` stand in the source
     counts:dict[str,int]      # Source rows: rows_reused, rows_computed, rows_changed
 
@@ -338,7 +339,7 @@ def refuse_long(model:Model, rows:Rows, cut:Cut) -> None:
         long = [(i, len(x)) for i, (x, _, _) in zip(ids, _encode(model, texts)[0], strict=True) if len(x) > model.room]
         if long: raise Refused(f"{_too_long(model, *long[0])} ({len(long)} such in its batch of {len(ids)} rows)")
 
-# %% ../../nbs/embedding/23_engine.ipynb #069d0d7a
+# %% ../../nbs/embedding/23_engine.ipynb #ebf5f949
 def prepare(
     model:Model,
     number:int,                  # Of the shard
@@ -350,8 +351,8 @@ def prepare(
 ) -> Shard:
     "Set aside what has no text, cut, tokenise, hold the limit, lay out: all that needs no device."
     good, aside = _sort_out(batch, start, duplicates)
-    hashes, old, whose, changed = text_hashes(batch), pa.table({}), np.empty(0, np.int64), 0
-    if earlier: old, whose, changed = take(earlier, batch, hashes, good, [i for i in range(batch.num_rows) if start + i not in duplicates])
+    hashes, old, whose, changed, error = text_hashes(batch), pa.table({}), np.empty(0, np.int64), 0, 0.
+    if earlier: old, whose, changed, error = take(earlier, batch, hashes, good, [i for i in range(batch.num_rows) if start + i not in duplicates])
     kept = set(whose.tolist())
     new = pa.array(good := [i for i in good if i not in kept], pa.int32())
     texts, ids, rows, empty = _one_text_a_row(model, batch.take(new), hashes.take(new), cut)
@@ -360,7 +361,7 @@ def prepare(
     if long and cut.on_long == 'error': raise Refused(_too_long(model, texts['id'][long[0]].as_py(), len(ids[long[0]])))
     todo = pieces(model, ids, cut.on_long == 'window', cut.chunk_tokens)
     before = int((old['n_tokens'].to_numpy() > model.room).sum()) if len(kept) else 0
-    return Shard(number, texts, sorted(aside, key=lambda a: a['row']), batch.num_rows, len(long) + before, todo, old,
+    return Shard(number, texts, sorted(aside, key=lambda a: a['row']), batch.num_rows, len(long) + before, todo, old, error,
                  np.concatenate([new.take(rows).to_numpy(), whose]), dict(rows_reused=len(kept), rows_computed=len(good), rows_changed=changed))
 
 # %% ../../nbs/embedding/23_engine.ipynb #8d14f8e9
@@ -405,31 +406,32 @@ def flow(
         shard.pieces.results += results  # none when every row was set aside
         yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize) if results else np.zeros((0, model.recipe.dimensions), np.float32)
 
-# %% ../../nbs/embedding/23_engine.ipynb #2b5e71a7
+# %% ../../nbs/embedding/23_engine.ipynb #81880bfd
 def write_shard(
     folder:Path,      # Made anew
     shard:Shard,
     y:np.ndarray,     # [n, D] float32
-    dtype:str,        # 'float32' or 'float16': how vectors are kept
+    dtype:str,        # 'float32', 'float16' or 'int8': how vectors are kept
 ) -> dict[str,Any]:   # What the seal says about it
     "vectors.parquet and quarantine.jsonl; a vector that is not finite stops the run."
-    kept = y.astype(dtype)
-    bad = np.flatnonzero(~np.isfinite(kept).all(axis=1))
+    bad = np.flatnonzero(~np.isfinite(y if dtype == 'int8' else y.astype(dtype)).all(axis=1))
     if bad.size:
         raise Refused(f"the vector of row {shard.texts['id'][int(bad[0])].as_py()!r} has NaN or infinity ({bad.size} in shard {shard.number}); nothing of "
                       "this shard was sealed: check the model's weights" + (", or keep float32" if dtype == 'float16' else ''))
+    kept, scale = shrink(y, dtype)
     shutil.rmtree(folder, ignore_errors=True)  # left over from a kill
     folder.mkdir(parents=True)
     flat = pa.FixedSizeListArray.from_arrays(pa.array(kept.reshape(-1)), kept.shape[1])
     table = shard.texts.add_column(4, 'vector', flat)
+    if scale is not None: table = table.add_column(5, 'scale', pa.array(scale))
     if shard.old.num_rows: table = pa.concat_tables([table, shard.old]).take(np.argsort(shard.order, kind='stable')).combine_chunks()
     pq.write_table(table, folder/'vectors.parquet')
     (folder/'quarantine.jsonl').write_text(''.join(json.dumps(a, ensure_ascii=False) + '\n' for a in shard.aside), encoding='utf-8')
     norms, laid = np.linalg.norm(y, axis=1), shard.pieces.laid
     return shard.counts | dict(rows=table.num_rows, vectors_reused=shard.old.num_rows, source_rows=shard.source_rows,
-                quarantined=len(shard.aside), reasons=dict(Counter(a['reason'].partition(':')[0] for a in shard.aside)),  # what a tokenizer says of each is in the file
+                quarantined=len(shard.aside), reasons=dict(Counter(a['reason'].partition(':')[0] for a in shard.aside)),
                 long=shard.long, tokens=sum(laid.tokens), slots=laid.slots,
-                norms=[float(f(norms)) for f in (np.mean, np.min, np.max)] if len(y) else [])
+                storage_error=max(storage_error(y, dtype), shard.old_error), norms=[float(f(norms)) for f in (np.mean, np.min, np.max)] if len(y) else [])
 
 # %% ../../nbs/embedding/23_engine.ipynb #48892614
 def read_shards(
@@ -449,7 +451,7 @@ def read_shards(
                 waiting = both.slice(size).to_batches()
         if waiting: yield wanted.popleft(), pa.Table.from_batches(waiting).combine_chunks().to_batches()[0]
 
-# %% ../../nbs/embedding/23_engine.ipynb #6f9b5074
+# %% ../../nbs/embedding/23_engine.ipynb #2829cd1d
 def embed_rows(
     job:Job,
     rows:Rows,
@@ -457,7 +459,7 @@ def embed_rows(
     model:Model,
     cut:Cut,
     shard_rows:int,    # Source rows a shard
-    dtype:str,         # 'float32' or 'float16': how vectors are kept
+    dtype:str,         # 'float32', 'float16' or 'int8': how vectors are kept
     why:str='asked for', # Why this model's engine computes
 ) -> dict[str,Any]:    # Totals over all shards, those found included
     "Embed every shard that is not sealed yet, sealing each when it is done."
@@ -487,7 +489,7 @@ def embed_rows(
             mon.log(_figures(meta), step=shard.number)
     return totals(metas.values(), cut) | dict(shards_found=found, shards_computed=len(todo))
 
-# %% ../../nbs/embedding/23_engine.ipynb #ef125fc6
+# %% ../../nbs/embedding/23_engine.ipynb #cee38b16
 def _figures(meta:Mapping[str,Any]) -> dict[str,float]:
     "What is worth a curve."
     seconds, computed = max(meta['seconds'], 1e-3), meta['rows'] - meta['vectors_reused']
@@ -504,6 +506,7 @@ def totals(metas:Iterable[Mapping[str,Any]], cut:Cut) -> dict[str,Any]: # Plain 
     for m in ms: reasons.update(m['reasons'])
     makers = list({m['made']['engine']: m['made'] for m in ms if 'made' in m}.values())
     made = {f'engine_{key}' if key == 'why' else key: '; '.join(dict.fromkeys(m[key] for m in makers)) for key in ('engine', 'device', 'computed', 'why')}
+    ours['storage_error'] = max((m.get('storage_error', 0.) for m in ms), default=0.)
     return made | ours | dict(rows=add('rows'), source_rows=add('source_rows'), quarantined=add('quarantined'), quarantine_reasons=dict(reasons),
                 truncated=add('long') * (cut.on_long == 'truncate'), windowed=add('long') * (cut.on_long == 'window'), shards=len(ms),
                 tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4),

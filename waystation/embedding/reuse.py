@@ -30,7 +30,7 @@ def _keys(ids:Sequence[str]) -> np.ndarray: # [n] uint64; the id itself is looke
 def _pairs(hashes:pa.Array|pa.ChunkedArray) -> np.ndarray: # [n, 2] uint64
     return np.frombuffer(b''.join(hashes.to_pylist()), '<u8').reshape(-1, 2)
 
-# %% ../../nbs/embedding/22_reuse.ipynb #1b109765
+# %% ../../nbs/embedding/22_reuse.ipynb #e279e684
 class Earlier:
     "Documents of earlier attempts, in 28 bytes each: id, text, and the shard that has the vectors."
     on_disk = 8  # Shards fetched at a time; a source in its old order needs two
@@ -39,6 +39,7 @@ class Earlier:
         self.store, self.folder, self.fetched = job.store, job.work/'earlier', OrderedDict[int,Path]()
         shutil.rmtree(self.folder, ignore_errors=True)  # left over from a kill
         self.names = [n for base in job.earlier for n in job.store.list(f'{base}/shards')]
+        self.errors = [job.store.read(n).meta.get('storage_error', 0.) for n in self.names]
         parts = [self._look(k) for k in range(len(self.names))]
         key = np.concatenate([np.empty(0, np.uint64), *(p[0] for p in parts)])
         order = np.argsort(key, kind='stable')  # stable, and newest first: of one id, the newest is the first
@@ -67,14 +68,14 @@ class Earlier:
         self.fetched.move_to_end(k)
         return self.fetched[k]
 
-# %% ../../nbs/embedding/22_reuse.ipynb #1a8ad5e4
+# %% ../../nbs/embedding/22_reuse.ipynb #819b67e1
 def take(
     earlier:Earlier,
     batch:pa.RecordBatch,     # Source rows: id, text, kept columns
     hashes:pa.Array,          # Of their texts
     good:Sequence[int],       # Rows of `batch` that need a vector
     once:Sequence[int],       # Rows of `batch` whose id did not come before
-) -> tuple[pa.Table,np.ndarray,int]: # Rows of shards, the row of `batch` that each belongs to, and how many rows of `once` have another text now
+) -> tuple[pa.Table,np.ndarray,int,float]: # Rows of shards, the row of `batch` of each, how many rows of `once` have another text, and the largest storage error
     "The vectors that still hold, with the kept columns of today."
     ids = [str(i) for i in batch['id'].to_pylist()]
     key = _keys(ids)
@@ -82,7 +83,8 @@ def take(
     known = earlier.key[at] == key if len(earlier) else np.zeros(len(ids), bool)
     same = known & (earlier.text[at] == _pairs(hashes)).all(axis=1) if len(earlier) else known
     wanted, parts, rows = [i for i in good if same[i]], list[pa.Table](), [np.empty(0, np.int64)]
-    for k in sorted({int(earlier.shard[at[i]]) for i in wanted}):
+    shards = sorted({int(earlier.shard[at[i]]) for i in wanted})
+    for k in shards:
         there = pq.read_table(earlier._open(k)/'vectors.parquet')
         row_of = {ids[i]: i for i in wanted if earlier.shard[at[i]] == k}
         some = there.filter(pc.is_in(there['doc_id'], pa.array(row_of, pa.string())))
@@ -93,4 +95,4 @@ def take(
         rows.append(ours)
     whose = np.concatenate(rows)
     changed = int(known[list(once)].sum()) - len(np.unique(whose))
-    return pa.concat_tables(parts) if parts else pa.table({}), whose, changed
+    return pa.concat_tables(parts) if parts else pa.table({}), whose, changed, max((earlier.errors[k] for k in shards), default=0.)
