@@ -295,6 +295,33 @@ def test_int8_to_the_table(bench, tmp_path):
     assert np.mean([len({*p} & {*q}) / 10 for p, q in zip(*near, strict=True)]) > 0.8
 
 
+def test_short_vectors_and_prompts_reach_the_questions(bench, tmp_path):
+    "A question is cut like the rows, and has the words before it that the model was trained with."
+    from waystation.assets import resolve
+    from waystation.embedding.engine import embed_texts
+
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for f in resolve("asset:kmer-random", "model").path.iterdir():
+        (folder / f.name).write_bytes(f.read_bytes())
+    prompts = dict(prompts=dict(query="ACGTAC ", passage="TTTTTT "), default_prompt_name="passage")
+    (folder / "config_sentence_transformers.json").write_text(json.dumps(prompts))
+    bench.write(ROWS)
+    report = bench(model=str(folder), dimensions=32)
+    assert (report["dim"], report["dimensions"], report["prompt"]) == (32, 32, "TTTTTT ")
+    want = embed_texts(folder, list(ROWS.values()), dimensions=32, prompt="passage")
+    np.testing.assert_allclose(np.stack([np.frombuffer(v, np.float32) for v in by_id(report).values()]), want, atol=1e-5)
+    question = dna(75, 9)
+    told = export(run="u", store=bench.args["store"], ask=question)["answers"]
+    q = embed_texts(folder, [question], dimensions=32, prompt="query")[0]
+    cosine = want @ q / np.linalg.norm(want, axis=1) / np.linalg.norm(q)
+    np.testing.assert_allclose(sorted(a["distance"] for a in told), np.sort(1 - cosine)[: len(told)], atol=2e-3)
+    with pytest.raises(Refused, match="it has 'query', 'passage'"):
+        bench(model=str(folder), run="other", prompt="question")
+    with pytest.raises(Refused, match="dimensions=129"):
+        bench(model=str(folder), run="other", dimensions=129)
+
+
 @pytest.mark.slow
 def test_killed_twice(bench, env, cli, tmp_path):
     "kill -9 in the middle of an update, and of its second try: the third ends where an undisturbed one does."

@@ -22,7 +22,7 @@ def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #bcb7dd7a
+# %% ../../nbs/stations/3_embed.ipynb #c0580b41
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -39,6 +39,8 @@ def embed(
     model:str='asset:minilm',     # Model folder: config.json, model.safetensors, tokenizer
     pooling:str='',               # mean, cls, max, last or weighted; '': what the model says
     max_tokens:int=0,             # Tokens a text, special ones included; 0: what the model says
+    dimensions:int=0,             # Numbers a vector, for models trained to be cut short; 0: all
+    prompt:str='',                # Name of one of the model's prompts, put before each text; '': its default, else none
     chunk_tokens:int=0,           # Tokens a chunk; 0: no chunks, a row is one text
     chunk_overlap:int=40,         # Tokens that neighbouring chunks share
     on_long:str='truncate',       # Over max_tokens: truncate, window (average over windows) or error
@@ -61,10 +63,11 @@ def embed(
         if job.report: return job.report
         rows, before = Rows(job.inputs['source'].rows, id, text, kept, limit), job.kept('scan.json')
         scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
-        opened = partial(open_model, job.inputs['model'].path, pooling, max_tokens, device=device, tensor=tensor)
+        opened = partial(open_model, job.inputs['model'].path, pooling, max_tokens, dimensions, prompt, device=device, tensor=tensor)
         m, why = settle(job, rows, scan, opened, cut, dtype, engine)
         scan.save(job.found)
         done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype, why)
         return job.finish(done | m.about | dict(
-            shards_at=f'{job.base}/shards', dtype=dtype, model=model, model_fingerprint=job.inputs['model'].fingerprint,
+            shards_at=f'{job.base}/shards', dtype=dtype, dimensions=dimensions, prompt=m.recipe.prompt,
+            model=model, model_fingerprint=job.inputs['model'].fingerprint,
             source=source, source_fingerprint=scan.fingerprint))
