@@ -254,7 +254,7 @@ def test_bad_input_is_refused(sequences, tmp_path):
         ("f", "chunk_overlap=50", dict(chunk_tokens=50, chunk_overlap=50)),
         ("g", "on_long='cut'", dict(on_long="cut")),
         ("h", "engine='tpu'.*'auto'", dict(engine="tpu")),
-        ("i", "dtype='int8'", dict(dtype="int8")),
+        ("i", "dtype='int4'", dict(dtype="int4")),
         ("j", "shard_rows=0", dict(shard_rows=0)),
         ("k", "keep='vector'", dict(keep="vector")),
         ("l", "pooling='sum'", dict(pooling="sum")),
