@@ -220,7 +220,7 @@ def test_counts_and_reasons(sequences, tmp_path):
     assert report["quarantine_reasons"] == {"null text": 1, "empty text": 1}
     assert report["truncated"] == 1  # 3,066 bases are 511 six-mers, which fit beside <cls>; one more does not
     table = sealed(report)
-    assert table.column_names == ["id", "doc_id", "text", "n_tokens", "vector", "n"]
+    assert table.column_names == ["id", "doc_id", "text", "n_tokens", "vector", "hash", "n"]
     assert table["n"].to_pylist() == [i for i in range(17) if i not in (3, 4)]
     assert "random" in report["weights"]  # a model that was never trained is called so
     json.dumps(report, allow_nan=False)
@@ -254,7 +254,7 @@ def test_bad_input_is_refused(sequences, tmp_path):
         ("f", "chunk_overlap=50", dict(chunk_tokens=50, chunk_overlap=50)),
         ("g", "on_long='cut'", dict(on_long="cut")),
         ("h", "engine='tpu'.*'auto'", dict(engine="tpu")),
-        ("i", "dtype='int8'", dict(dtype="int8")),
+        ("i", "dtype='int4'", dict(dtype="int4")),
         ("j", "shard_rows=0", dict(shard_rows=0)),
         ("k", "keep='vector'", dict(keep="vector")),
         ("l", "pooling='sum'", dict(pooling="sum")),

@@ -54,7 +54,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
     monkeypatch.setenv("WAYSTATION_WANDB_MODE", "disabled")
     engine = types.ModuleType("waystation.embedding.engine")
-    engine.embed_texts = lambda folder, texts, pooling, max_tokens: np.eye(DIM, dtype=np.float32)[[int(t[-1]) for t in texts]]
+    engine.embed_texts = lambda folder, texts, *how: np.eye(DIM, dtype=np.float32)[[int(t[-1]) for t in texts]]
     monkeypatch.setitem(sys.modules, "waystation.embedding.engine", engine)
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "config.json").write_text("{}")

@@ -121,7 +121,7 @@ def test_every_station_has_the_names_that_scripts_rely_on():
         "setup": "model data cache",
         "train": "task model data eval_data method epochs max_steps learning_rate warmup_steps lora_r lora_alpha lora_dropout "
         "target_modules batch_size grad_accum max_length eval_steps seal_steps seal_minutes",
-        "embed": "source text id keep limit model pooling max_tokens on_long on_duplicate shard_rows dtype engine",
+        "embed": "source text id keep limit update model pooling max_tokens dimensions prompt on_long on_duplicate shard_rows dtype engine",
         "export": "shards table index metric metadata",
     }
     for station, names in own.items():

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['FEW', 'FAR', 'NEAR', 'measure', 'lacking', 'check_device', 'candidates', 'fastest', 'gap', 'compare', 'settle']
 
-# %% ../../nbs/embedding/24_choice.ipynb #d8b5bf74
+# %% ../../nbs/embedding/24_choice.ipynb #4e3850a0
 import itertools, os, sys, time
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from importlib.util import find_spec
 
@@ -101,7 +102,7 @@ def fastest(
     told = ', '.join(f'{e} {r:,.0f}' for e, r in sorted(rates.items(), key=lambda x: -x[1]))
     return max(models, key=lambda m: rates[m.engine]), f'tokens a {unit} on the first {batch.num_rows} rows: {told}'
 
-# %% ../../nbs/embedding/24_choice.ipynb #cd7cf4b6
+# %% ../../nbs/embedding/24_choice.ipynb #3e3ec1b8
 FAR, NEAR = 1e-4, 0.99999  # of normalised vectors: largest difference of a number, and least cosine
 
 def gap(
@@ -116,35 +117,33 @@ def gap(
 def compare(
     job:Job,
     name:str,         # A sealed shard
-    rows:Rows,
-    scan:Scan,
     model:Model,      # Who would go on
     cut:Cut,
-    shard_rows:int,
     dtype:str,        # How the run keeps its vectors
 ) -> tuple[float,float]: # As `gap`
     "Compute a sealed shard once more, and say how far the vectors are from those that are sealed."
-    number = int(name.rsplit('/', 1)[1])
-    there = job.work/'compared'
-    sealed = pq.read_table(job.store.fetch(name, there)/'vectors.parquet', columns=['id', 'vector'])
-    work = (prepare(model, i, i * shard_rows, batch, cut, scan.duplicates) for i, batch in read_shards(rows, [number], shard_rows))
-    (shard, y), = flow(model, work)
+    sealed = pq.read_table(job.store.fetch(name, job.work/'compared')/'vectors.parquet').combine_chunks()
+    if not sealed.num_rows: return 0., 1.
+    # its own texts, chunks too: an update has other source rows under that number
+    (shard, y), = flow(model, [prepare(model, 0, 0, sealed.select(['id', 'text']).to_batches()[0], replace(cut, chunk_tokens=0), {})])
     if shard.texts['id'].to_pylist() != sealed['id'].to_pylist(): return float('inf'), -1.
-    return gap(y.astype(dtype), sealed['vector'].combine_chunks().flatten().to_numpy().reshape(y.shape)) if len(y) else (0., 1.)
+    kept = sealed['vector'].combine_chunks().flatten().to_numpy().reshape(y.shape)
+    if dtype != 'int8': return gap(y.astype(dtype), kept)
+    step = sealed['scale'].to_numpy()[:, None]  # the nearest vector that is stored as the sealed one: a step of int8 is larger than FAR
+    return gap(y, np.clip(y, (kept - 0.5) * step, (kept + 0.5) * step))
 
-# %% ../../nbs/embedding/24_choice.ipynb #4a2046ce
+# %% ../../nbs/embedding/24_choice.ipynb #a53f6b7e
 def settle(
     job:Job,
     rows:Rows,
     scan:Scan,        # Of `rows`
     opened:partial[Model], # `open_model` with its folder and what else is known, but for the engine
     cut:Cut,
-    shard_rows:int,
     dtype:str,        # How the run keeps its vectors
     engine:str,       # 'auto', 'jax' or 'torch'
 ) -> tuple[Model,str]: # The model in the run's engine, and why that one
     "The engine of the run's sealed shards, if it may go on here; the chosen one for a new run. What cannot work is refused first."
-    sealed = job.names('shards')
+    sealed = [*job.names('shards')[:1], *(n for base in job.earlier for n in job.store.list(f'{base}/shards')[:1])]
     made = job.store.read(sealed[0]).meta.get('made') if sealed else None
     names, why = [engine], 'asked for'
     if engine == 'auto':
@@ -159,7 +158,7 @@ def settle(
         model, why = fastest(models, rows, scan, cut)
         open_model.cache_clear()  # with it go the slower one's weights
     if made and model.maker != {k: made[k] for k in model.maker}:
-        why = _switch(job, sealed[0], made, model, why, compare(job, sealed[0], rows, scan, model, cut, shard_rows, dtype))
+        why = _switch(job, sealed[0], made, model, why, compare(job, sealed[0], model, cut, dtype))
     print(f'engine: {_told(model.maker)}; {why}', file=sys.stderr)  # beside the progress bar; standard output is for --json
     return model, why
 

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['ONLY', 'POSITIONS', 'SIZES', 'PRESETS', 'TABLES', 'LINEAR', 'IGNORED', 'FLOAT32', 'POOLINGS', 'Config', 'read_config',
-           'table', 'shapes', 'Checkpoint', 'read_weights', 'Recipe', 'read_recipe']
+           'table', 'shapes', 'Checkpoint', 'read_weights', 'Recipe', 'query_prompt', 'read_recipe']
 
 # %% ../../nbs/embedding/20_models.ipynb #1fdf0f99
 import json, re
@@ -252,7 +252,7 @@ def _modules(folder:Path, pooling:str) -> tuple[str,bool,bool]: # Pooling, wheth
             raise Refused(f"{folder}/modules.json has a {kind} module; only Transformer, Pooling, Normalize are implemented")
     return pooling or 'mean', normalize, with_prompt
 
-# %% ../../nbs/embedding/20_models.ipynb #789a2de3
+# %% ../../nbs/embedding/20_models.ipynb #fbcbf5d9
 def _prompt(folder:Path, name:str) -> str:
     "The words of the prompt called `name`; '' asks for the model's default, if it has one."
     extra = folder/'config_sentence_transformers.json'
@@ -261,6 +261,11 @@ def _prompt(folder:Path, name:str) -> str:
     if name and name not in known:
         raise Refused(f"prompt={name!r} is not a prompt of {folder}; it has {', '.join(map(repr, known)) or 'none'}, or use '' for its default")
     return known[name] if name else ''
+
+def query_prompt(folder:str|Path) -> str: # Its name, or '' for the model's default
+    "The prompt for questions, as sentence-transformers' `encode_query` chooses it."
+    extra = Path(folder)/'config_sentence_transformers.json'
+    return 'query' if extra.exists() and 'query' in (_json(extra).get('prompts') or {}) else ''
 
 def _longest(folder:Path, c:Config) -> int: # Tokens
     "What the model says of its longest text, and never more than it has positions for."

@@ -12,22 +12,23 @@ from typing import Any
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/3_embed.ipynb #889027ed
+# %% ../../nbs/stations/3_embed.ipynb #09947928
 def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_rows:int, limit:int) -> None:
     "Refuse what is wrong with the arguments alone."
     if not model or not source: raise Refused(f"model={model!r}, source={source!r}: embed needs both; name a path, store:NAME, asset:NAME or a hub id")
     if engine not in ('auto', 'jax', 'torch'): raise Refused(f"engine={engine!r} does not exist; use 'auto' (the faster one here), 'jax' or 'torch'")
-    if dtype not in ('float32', 'float16'): raise Refused(f"dtype={dtype!r}: vectors are kept as 'float32' or 'float16'")
+    if dtype not in ('float32', 'float16', 'int8'): raise Refused(f"dtype={dtype!r}: vectors are kept as 'float32', 'float16' or 'int8'")
     if on_duplicate not in ('error', 'first'): raise Refused(f"on_duplicate={on_duplicate!r}; use 'error', or 'first' to set later rows aside")
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #fd8dc197
+# %% ../../nbs/stations/3_embed.ipynb #f661da17
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
     seed:int=0,                   # Unused here: nothing in this step is drawn at random
     restart:bool=False,           # Begin this step anew; what was sealed stays readable
+    update:bool=False,            # The source changed: embed the new and changed rows alone, and leave out those that are gone
     take_over:bool=False,         # Take the run from another writer that still seems alive
     step:str='embed',             # Name of this step in the run
     source:str='asset:banking',   # Rows: file, folder, pattern, gs://, s3://; Parquet, Arrow, JSONL, CSV, FASTA, FASTQ
@@ -38,12 +39,14 @@ def embed(
     model:str='asset:minilm',     # Model folder: config.json, model.safetensors, tokenizer
     pooling:str='',               # mean, cls, max, last or weighted; '': what the model says
     max_tokens:int=0,             # Tokens a text, special ones included; 0: what the model says
+    dimensions:int=0,             # Numbers a vector, for models trained to be cut short; 0: all
+    prompt:str='',                # Name of one of the model's prompts, put before each text; '': its default, else none
     chunk_tokens:int=0,           # Tokens a chunk; 0: no chunks, a row is one text
     chunk_overlap:int=40,         # Tokens that neighbouring chunks share
     on_long:str='truncate',       # Over max_tokens: truncate, window (average over windows) or error
     on_duplicate:str='error',     # A repeated id: error, or first (the later rows are set aside)
     shard_rows:int=1024,          # Source rows a shard: what a kill can cost
-    dtype:str='float32',          # How vectors are kept: float32 or float16
+    dtype:str='float32',          # How vectors are kept: float32, float16, or int8 with a scale for each
     engine:str='auto',            # What computes: jax, torch, or auto (the faster one on these rows)
     device:str='',                # tpu, gpu or cpu; '': the first that is there
     tensor:int=1,                 # Chips that share one copy of the weights
@@ -61,10 +64,11 @@ def embed(
         check_device(engine, device, tensor)
         rows, before = Rows(job.inputs['source'].rows, id, text, kept, limit), job.kept('scan.json')
         scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
-        opened = partial(open_model, job.inputs['model'].path, pooling, max_tokens, device=device, tensor=tensor)
-        m, why = settle(job, rows, scan, opened, cut, shard_rows, dtype, engine)
+        opened = partial(open_model, job.inputs['model'].path, pooling, max_tokens, dimensions, prompt, device=device, tensor=tensor)
+        m, why = settle(job, rows, scan, opened, cut, dtype, engine)
         scan.save(job.found)
         done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype, why)
         return job.finish(done | m.about | dict(
-            shards_at=f'{job.base}/shards', dtype=dtype, model=model, model_fingerprint=job.inputs['model'].fingerprint,
+            shards_at=f'{job.base}/shards', dtype=dtype, dimensions=dimensions, prompt=m.recipe.prompt,
+            model=model, model_fingerprint=job.inputs['model'].fingerprint,
             source=source, source_fingerprint=scan.fingerprint))

@@ -15,10 +15,11 @@ from ..recipe import Job, begin
 from ..runtime import Refused
 from ..seal import check_name
 
-# %% ../../nbs/stations/4_export.ipynb #c42e67b9
+# %% ../../nbs/stations/4_export.ipynb #081dd481
 def encoder(job:Job): # A function from texts to vectors, [n, dim]
     "The encoder that made the shards, for questions."
     from waystation.embedding.engine import embed_texts
+    from waystation.embedding.models import query_prompt
     made = job.shards.report if job.shards else {}
     if not made.get('model'): raise Refused("ask and questions need the model that made the vectors, and the shards' report names none; "
                                             "leave both empty, or embed again")
@@ -26,14 +27,15 @@ def encoder(job:Job): # A function from texts to vectors, [n, dim]
     if made.get('model_fingerprint', found.fingerprint) != found.fingerprint:
         raise Refused(f"model={made['model']!r} has changed since it made these vectors, so questions would be encoded by another model; "
                       "bring the old one back, or embed again with --restart")
-    return lambda texts: embed_texts(found.path, texts, made.get('pooling', ''), made.get('max_tokens', 0))
+    how = (made.get('pooling', ''), made.get('max_tokens', 0), made.get('dimensions', 0), query_prompt(found.path))
+    return lambda texts: embed_texts(found.path, texts, *how)
 
 # %% ../../nbs/stations/4_export.ipynb #2c10ca2f
 def owner(job:Job) -> dict[str,Any]:
     "What a sealed table must have been made by, to be this step's."
     return dict(run=job.run, step=job.step, attempt=job.attempt, shards=job.shards.fingerprint if job.shards else '')
 
-# %% ../../nbs/stations/4_export.ipynb #98c4609a
+# %% ../../nbs/stations/4_export.ipynb #c852d3a7
 def build(job:Job, name:str, table:dict[str,Any], bar) -> None:
     "Build the table in scratch, and seal it as `name`."
     from waystation.vectors.table import build_table
@@ -43,7 +45,8 @@ def build(job:Job, name:str, table:dict[str,Any], bar) -> None:
         for shard in source.names:
             with source.open(shard) as folder: yield shard, folder
             bar.update()
-    about = {k: made[k] for k in ('model', 'model_fingerprint', 'pooling', 'normalized', 'max_tokens', 'source', 'source_fingerprint') if k in made}
+    about = {k: made[k] for k in (
+        'model', 'model_fingerprint', 'pooling', 'normalized', 'max_tokens', 'dimensions', 'prompt', 'source', 'source_fingerprint') if k in made}
     where = job.inputs['metadata'].path if 'metadata' in job.inputs else None
     about |= owner(job)
     with contextlib.closing(each()) as vectors: card = build_table(vectors, job.work/'sealed/table.lance', metadata=where, about=about, **table)

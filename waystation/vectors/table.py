@@ -19,19 +19,28 @@ import pyarrow.parquet as pq
 
 from ..runtime import Refused
 
-# %% ../../nbs/vectors/30_table.ipynb #efe1a6b0
+# %% ../../nbs/vectors/30_table.ipynb #65de3e5f
 def _vectors(name:str, folder:Path) -> pq.ParquetFile:
     "The shard's vectors, with what a table asks of them."
     path = folder/'vectors.parquet'
     if not path.exists(): raise Refused(f"shard {name} has no vectors.parquet; shards come from the embed station: run it again, or name other shards")
     file = pq.ParquetFile(path)
     kind = file.schema_arrow.field('vector').type if 'vector' in file.schema_arrow.names else None
-    if kind is None or not pa.types.is_fixed_size_list(kind) or not pa.types.is_floating(kind.value_type) or 'id' not in file.schema_arrow.names:
+    held = kind is not None and pa.types.is_fixed_size_list(kind) and (pa.types.is_floating(kind.value_type) or _is_int8(file.schema_arrow))
+    if not held or 'id' not in file.schema_arrow.names:
         raise Refused(f"shard {name} has columns {', '.join(file.schema_arrow.names)}, vector: {kind}; a table needs `id` and a `vector` "
-                      "that is a fixed-size list of float16 or float32: embed again")
+                      "that is a fixed-size list of float16 or float32, or of int8 beside a column `scale`: embed again")
     if dotted := [c for c in file.schema_arrow.names if '.' in c]:
         raise Refused(f"shard {name} has the column {dotted[0]!r}; a full stop in a name means a field of a struct to Lance: rename the column and embed again")
     return file
+
+def _is_int8(schema:pa.Schema) -> bool: # One scale a vector, so only together with it is a vector comparable with another
+    return schema.field('vector').type.value_type == pa.int8() and 'scale' in schema.names
+
+def _shown(schema:pa.Schema) -> pa.Schema: # `hash` is how an update knows a row again; nobody asks a table for it
+    if not _is_int8(schema): return pa.schema([f for f in schema if f.name != 'hash'])
+    vector = pa.field('vector', pa.list_(pa.float32(), schema.field('vector').type.list_size))
+    return pa.schema([vector if f.name == 'vector' else f for f in schema if f.name not in ('hash', 'scale')])
 
 def _same(name:str, got:pa.Schema, want:pa.Schema) -> None:
     "Refuse a shard that does not fit the first one."
@@ -43,19 +52,22 @@ def _same(name:str, got:pa.Schema, want:pa.Schema) -> None:
 def _batches(name:str, folder:Path, want:pa.Schema, counts:Counter) -> Iterator[pa.RecordBatch]:
     "The record batches of one shard, checked and counted on the way."
     file = _vectors(name, folder)
-    _same(name, file.schema_arrow, want)
+    _same(name, _shown(file.schema_arrow), want)
     for batch in file.iter_batches(batch_size=4096):
-        flat = batch['vector'].flatten().to_numpy(zero_copy_only=False)
-        if batch['vector'].null_count or not np.isfinite(flat).all():
+        flat, vector = batch['vector'].flatten().to_numpy(zero_copy_only=False), batch['vector']
+        if _is_int8(file.schema_arrow) and not vector.null_count:
+            flat = (flat.reshape(len(batch), -1) * batch['scale'].to_numpy(zero_copy_only=False)[:, None]).ravel()
+            vector = pa.FixedSizeListArray.from_arrays(pa.array(flat), vector.type.list_size)
+        if vector.null_count or not np.isfinite(flat).all():
             raise Refused(f"shard {name} holds a vector that is null, NaN or infinite; such rows belong in quarantine: embed again")
         counts['rows'] += len(batch)
-        yield pa.RecordBatch.from_arrays([batch[c] for c in want.names], schema=want)
+        yield pa.RecordBatch.from_arrays([vector if c == 'vector' else batch[c] for c in want.names], schema=want)
     aside = folder/'quarantine.jsonl'
     if aside.exists():
-        with aside.open(encoding='utf-8') as f: reasons = Counter(json.loads(line).get('reason', 'no reason given') for line in f if line.strip())
+        with aside.open(encoding='utf-8') as f: reasons = Counter(json.loads(line).get('reason', 'no reason given').partition(':')[0] for line in f if line.strip())
         counts.update({f'quarantined: {r}': n for r, n in reasons.items()})
 
-# %% ../../nbs/vectors/30_table.ipynb #a9ae63dd
+# %% ../../nbs/vectors/30_table.ipynb #50a6ebad
 def write_table(
     shards:Iterable[tuple[str,Path]], # Names and folders; a folder is read before the next one is asked for
     to:Path,                          # A folder that does not exist yet, on a local disk
@@ -65,7 +77,7 @@ def write_table(
     shards, counts = iter(shards), Counter[str]()
     first = next(shards, None)
     if first is None: raise Refused("there are no shards; a table needs at least one: run embed first, or name other shards")
-    want = _vectors(*first).schema_arrow.remove_metadata()
+    want = _shown(_vectors(*first).schema_arrow)
     trouble: list[BaseException] = []
     def batches():
         try:
