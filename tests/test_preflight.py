@@ -1,7 +1,6 @@
 """Before a chip is rented: the arithmetic, the estimate, what is refused, and the TPU's own compiler where it is installed."""
 
 import dataclasses
-import json
 import os
 import signal
 from importlib.util import find_spec
@@ -163,11 +162,8 @@ def test_every_tpu_is_compiled_for(tpu_compiler, tiny, name):
 
 
 @pytest.mark.slow
-def test_too_large_is_refused_by_the_compiler_and_the_largest_is_found(tpu_compiler, capsys):
-    large = part.presets()["bge-large"]
-    no = part.compiled(large, SLICES["v5e-1"], 512, 4096, search=False, say=print)
-    assert (no["fits"], no["peak_gib"], no["limit_gib"]) == (False, None, 15.75) and no["needs_gib"] > 15.75
-    found = part.compiled(large, SLICES["v5e-1"], 512, 1024, search=True, say=print)
+def test_the_largest_batch_is_found(tpu_compiler):
+    found = part.compiled(part.presets()["bge-large"], SLICES["v5e-1"], 512, 1024, search=True, say=print)
     peaks = {a["rows"]: a["peak_gib"] for a in found["compiles"]}
     best = found["largest_batch"]
     assert peaks[best] <= 15.75 and all(p is None or p > 15.75 for rows, p in peaks.items() if rows > best)
@@ -175,7 +171,7 @@ def test_too_large_is_refused_by_the_compiler_and_the_largest_is_found(tpu_compi
 
 
 @pytest.mark.slow
-def test_the_command_answers_with_the_compiler(tpu_compiler, cli):
-    found = cli("preflight", "--model", "bge-large", "--chip", "v5e-1", "--rows", "100000", "--batch", "65536", "--json", code=4)
-    assert found["fits"] is False and "does not fit" in found["text"]
-    assert json.dumps(found["compiles"]).count("needs_gib") == 1
+def test_too_large_is_refused_by_the_compiler_and_the_command_says_so(tpu_compiler, cli):
+    found = cli("preflight", "--model", "bge-large", "--chip", "v5e-1", "--rows", "100000", "--batch", "4096", "--json", code=4)
+    assert (found["fits"], found["peak_gib"], found["limit_gib"]) == (False, None, 15.75) and found["needs_gib"] > 15.75
+    assert "does not fit" in found["text"] and len(found["compiles"]) == 1

@@ -245,7 +245,7 @@ def estimated(c:'Config', slice:Slice, width:int, batch:int) -> dict[str,Any]:
     return dict(how='an estimate, no compiler was asked', fits=peak(batch) <= limit, peak_gib=peak(batch), needs_gib=None, capped=False, compiles=[],
                 parts=estimate(c, batch, width, size), limit_gib=limit, limit_is=why, largest_batch=max(int((limit - peak(1))/each) + 1, 0))
 
-# %% ../../nbs/embedding/22_preflight.ipynb #e35b8540
+# %% ../../nbs/embedding/22_preflight.ipynb #c3cc542b
 NO_COMPILER = "the TPU compiler is not installed: pip install 'waystation[tpu]' on any x86-64 Linux machine, which needs no TPU, and ask again"
 
 def compiled(
@@ -255,8 +255,8 @@ def compiled(
     say:Callable[[str],None]=lambda text: print(text, file=sys.stderr, flush=True),
 ) -> dict[str,Any]:
     "Fit, and the largest batch, from the TPU's compiler."
-    found:dict[str,Any] = dict(fits=None, peak_gib=None, needs_gib=None, parts={}, limit_gib=slice.memory_gb*1e9/2**30,
-                               limit_is=f'{slice.memory_gb:g} GB', largest_batch=None, capped=False, compiles=[])
+    found:dict[str,Any] = dict(fits=None, peak_gib=None, needs_gib=None, parts={}, limit_gib=slice.memory_gb,
+                               limit_is='as sold, which of a TPU are GiB', largest_batch=None, capped=False, compiles=[])
     if find_spec('libtpu') is None: return found | dict(how=NO_COMPILER)
     done = found['compiles']
     def fits(rows:int) -> bool:
