@@ -6,7 +6,7 @@
 __all__ = ['log', 'OURS', 'T', 'Model', 'open_model', 'chunks', 'Cut', 'kept_columns', 'Pieces', 'pieces', 'Shard', 'refuse_long',
            'prepare', 'ahead', 'flow', 'write_shard', 'read_shards', 'embed_rows', 'totals', 'embed_texts']
 
-# %% ../../nbs/embedding/23_engine.ipynb #4cb457c2
+# %% ../../nbs/embedding/23_engine.ipynb #41784487
 import contextlib, functools, json, logging, queue, shutil, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -20,7 +20,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 from flax import nnx
 
 from .encoder import Config, Recipe, Tokenizer, load, read_recipe, read_tokenizer, vectors
-from .packing import WIDTHS, Packed, batching, choose, lay
+from .packing import WIDTHS, Packed, choose, lay
 from ..monitor import Monitor, progress
 from ..recipe import Job
 from ..rows import Rows, Scan
@@ -50,7 +50,7 @@ class Model:
         weights = json.loads((self.folder/'config.json').read_text(encoding='utf-8')).get('weights', '')
         return dict(weights=weights, dim=self.config.dim, pooling=self.recipe.pooling, normalized=self.recipe.normalize, max_tokens=self.recipe.max_tokens)
 
-# %% ../../nbs/embedding/23_engine.ipynb #943c100b
+# %% ../../nbs/embedding/23_engine.ipynb #7e82edce
 @functools.lru_cache(maxsize=2)
 def open_model(
     folder:str|Path,  # Model folder
@@ -66,7 +66,8 @@ def open_model(
     @functools.partial(jax.jit, static_argnums=4)
     def run(weights:Any, tokens:jax.Array, positions:jax.Array, segments:jax.Array, n:int) -> jax.Array:
         return vectors(nnx.merge(graph, weights), tokens, positions, segments, n, recipe.pooling, recipe.normalize)
-    size, _ = batching(jax.default_backend())
+    # A CPU is busy with 2,048 slots, and smaller batches waste less at a shard's end; an accelerator needs more at once.
+    size = 2048 if jax.default_backend() == 'cpu' else 32768
     return Model(Path(folder), encoder.config, recipe, tokenizer, functools.partial(run, weights), size)
 
 # %% ../../nbs/embedding/23_engine.ipynb #9189df49

@@ -374,7 +374,7 @@ def preflight(
                  **fit, **duration(w, slice, utilisation, session_hours, prices()))
     return found | dict(text=report(found), exit=0 if fit['fits'] else 4)
 
-# %% ../../nbs/embedding/22_preflight.ipynb #c2d892e3
+# %% ../../nbs/embedding/22_preflight.ipynb #e434b65a
 def _memory(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on whether it fits
     if f['fits'] is None: return [('memory', f['how'])]
     lacks = f"{f['needs_gib']:.2f} GiB of temporaries alone" if f['needs_gib'] else 'more than there is'
@@ -391,9 +391,7 @@ def _memory(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on whe
 def report(f:dict[str,Any]) -> str: # Lines
     "The answer for a person."
     word, lines = {True: 'fits', False: 'does not fit', None: 'NOT CHECKED whether it fits'}[f['fits']], _memory(f)
-    if f['devices'] > 1:
-        lines += [('devices', f"{f['devices']}, a batch spread over them"),
-                  ('', f"NOT YET: embed of this version uses one, and takes {f['devices']} times as long as said below")]
+    if f['devices'] > 1: lines += [('devices', f"{f['devices']}, a batch spread over them")]
     lines += [('rows', f"{f['rows']:,} of {f['tokens']/f['rows']:.0f} tokens on average (lengths: {f['lengths']}); {f['fill']:.0%} of the slots hold one"),
               ('arithmetic', f"{f['flops']/1e12:,.0f} TFLOP; {f['padded']/1e12:,.0f} if every row were padded to {f['max_tokens']:,}"),
               ('time', f"{f['hours']:.2g} hours, {f['rows_per_hour']:,.0f} rows an hour; compiling, reading and sealing come on top"),
