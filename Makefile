@@ -15,13 +15,13 @@ demo: env ## setup, train, embed, export on real data; a second time it finds ev
 
 test: check ## every check: `make check`, the notebooks, and the tests that take minutes
 	OMP_NUM_THREADS=1 $(BIN)/nbdev-test --n-workers 2 --do-print
-	$(BIN)/pytest -m slow
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -n 2 --dist load --maxschedchunk 1
 
-check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that take seconds each (ten minutes)
+check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that take seconds each (seven minutes on two cores)
 	$(BIN)/python tools/literate.py check
 	$(BIN)/ruff check
 	$(BIN)/mypy
-	$(BIN)/pytest -m "not slow"
+	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 prove: env ## the store's promises in full length: kills, faults, races; its figures go to nbs/guides/prove.json
 	WAYSTATION_PROVE=1 $(BIN)/pytest tests/test_store_kill.py tests/test_store_faults.py tests/test_store_hostile.py tests/test_store_sizes.py
@@ -36,8 +36,9 @@ site: env ## the documentation, from the notebooks' saved outputs, in _site/
 test-colab: env ## setup, embed and export on Python 3.13 with the versions of Colab's image
 	tools/test_colab.sh
 
-bench: env ## the store beside other ways to upload, through a slow network: 8 minutes; writes benchmarks/store.json and the guide's table
+bench: env ## the store beside other ways to upload (8 minutes), embedding beside other ways to embed (20); writes their .json and the guides' tables
 	$(BIN)/python benchmarks/store.py
+	$(BIN)/python benchmarks/embed.py
 
 clean: ## remove what can be made again; runs/ stays
 	rm -rf _proc _site _docs dist .pytest_cache .mypy_cache .ruff_cache

@@ -151,24 +151,6 @@ def test_memory_is_bounded_and_threads_agree(monkeypatch):
     assert sum(map(len, cache._kept.values())) <= 10_000
 
 
-def test_answers(redis_url, forgetful):
-    import redis
-    made = []
-
-    def make():
-        made.append(1)
-        return [dict(id="ü", score=0.25)]
-
-    key = ["table digest", "question", "encoder"]
-    assert [cache.cached(key, make) for _ in range(3)] == [make()] * 3 and len(made) == 2
-    cache.cached(["table digest", "another", "encoder"], make)
-    assert len(made) == 3
-    with redis.Redis.from_url(redis_url) as r:
-        for name in r.scan_iter("waystation:answer:*"):
-            r.set(name, r.get(name)[:-3])
-    assert cache.cached(key, make) == make() and len(made) == 5  # a damaged answer is made again
-
-
 @pytest.mark.parametrize("kind", ["s3", "gcs"])
 def test_buckets_tell_the_md5(server, kind):
     with server(kind).environ() as s:

@@ -16,6 +16,7 @@ import torch
 from test_train import tiny_model
 
 from waystation.runtime import Refused
+from waystation.seal import blob_key
 from waystation.sealer import Sealer
 from waystation.store import Store
 from waystation.training.checkpoints import SealCallback, latest_good
@@ -114,10 +115,11 @@ def store(tmp_path, monkeypatch):
 
 
 def spoil(store, name, file="adapter_model.safetensors"):
-    path = store.place.path(f"blobs/{(h := store.read(name).files[file]['sha256'])[:2]}/{h}")
+    entry = store.read(name).files[file]
+    path = store.place.path(blob_key(entry.get("pack", entry["sha256"])))
     path.chmod(0o644)
     data = bytearray(path.read_bytes())
-    data[-1] ^= 1
+    data[entry.get("at", 0) + entry["size"] - 1] ^= 1
     path.write_bytes(data)
 
 

@@ -25,16 +25,17 @@ IMAGES = {
     "tpu": ["embed", "export", "monitor", "notebook", "demo", "cloud", "s3", "registry"],
     "plain": ["embed", "export", "demo", "cloud", "registry"],
 }
-# A running kernel may have loaded these: replaced under it, they mean "restart the runtime".
-PROTECTED = {"torch", "torchvision", "torch-xla", "jax", "jaxlib", "libtpu", "flax", "numpy", "pandas", "pyarrow", "ipykernel"}
+# A running kernel may have loaded these: replaced under it, they mean "restart the runtime". And fsspec, which gcsfs pins to its own
+# release: on the TPU image, which has no gcsfs, pip would else take the newest one and replace the fsspec that datasets came with.
+PROTECTED = {"torch", "torchvision", "torch-xla", "jax", "jaxlib", "libtpu", "flax", "numpy", "pandas", "pyarrow", "fsspec", "ipykernel"}
 STATIONS = {"1_setup": ("gguf", "train,demo"), "2_train": ("trl", "train"), "3_embed": ("flax", "embed,demo"), "4_export": ("lancedb", "export,embed")}
 
 # The one bootstrap cell, as every station has it. Outside Colab and Kaggle its first test ends it.
 BOOTSTRAP = r"""#| slow
 # On Colab and Kaggle: install what the image lacks, and never replace what its kernel may have loaded. Elsewhere: nothing.
 !test ! -d /content -a ! -d /kaggle || python -c "import waystation, MODULE" 2>/dev/null || ( \
-  pip list --format=freeze | grep -E "^(torch|jax|libtpu|flax|numpy|pandas|pyarrow|ipykernel)" > /tmp/keep.txt; \
-  pip install -q -c /tmp/keep.txt "waystation[EXTRA,monitor] @ git+REPOSITORY" )"""
+  pip list --format=freeze | grep -E "^(torch|jax|libtpu|flax|numpy|pandas|pyarrow|fsspec|ipykernel)" > /tmp/keep.txt; \
+  pip install -q -c /tmp/keep.txt "waystation[EXTRA,cloud,monitor] @ git+REPOSITORY" )"""
 
 
 def image(kind: str) -> dict[str, str]:
@@ -115,6 +116,12 @@ def test_the_bootstrap_cell_is_the_same_everywhere(station):
 
 
 @pytest.mark.parametrize("station", STATIONS)
+def test_what_the_cell_installs_is_resolved_against_an_image(station):
+    asked = set(re.search(r"waystation\[([\w,]+)\]", BOOTSTRAP.replace("EXTRA", STATIONS[station][1]))[1].split(","))
+    assert "cloud" in asked and any(asked <= set(extras) for extras in IMAGES.values()), f"{station} installs {sorted(asked)}, which no image is asked for"
+
+
+@pytest.mark.parametrize("station", STATIONS)
 def test_the_badge_opens_this_notebook(station):
     "In a cell of its own (in the title's cell the site would lose it), with the repository's address from pyproject."
     repo = PROJECT["urls"]["Repository"].removeprefix("https://github.com/")
@@ -138,15 +145,15 @@ def test_bootstrap_keeps_what_is_there(tmp_path):
     "On a stand-in for Colab: pip is asked to install under constraints that name what the image has."
     tools = tmp_path / "bin"
     tools.mkdir()
-    has = "numpy==2.1.3\ntorch==2.11.0+cu128\nrequests==2.32.4\njaxlib==0.7.2\n"
+    has = "numpy==2.1.3\ntorch==2.11.0+cu128\nrequests==2.32.4\njaxlib==0.7.2\nfsspec==2026.2.0\n"
     (tools / "pip").write_text(f"#!/bin/sh\nif [ $1 = list ]; then printf '{has}'; else echo \"$@\"; fi\n")
     (tools / "python").write_text("#!/bin/sh\nexit 1\n")  # waystation does not import yet
     for tool in tools.iterdir():
         tool.chmod(0o755)
     line = BOOTSTRAP.split("\n!")[1].replace("/content", str(tmp_path)).replace("/tmp/keep.txt", str(tmp_path / "keep.txt"))
     done = subprocess.run(["sh", "-c", line], capture_output=True, text=True, env={"PATH": f"{tools}:/usr/bin:/bin"})
-    assert done.stdout.startswith(f"install -q -c {tmp_path}/keep.txt waystation[EXTRA,monitor] @ git+")
-    assert (tmp_path / "keep.txt").read_text().split() == ["numpy==2.1.3", "torch==2.11.0+cu128", "jaxlib==0.7.2"]
+    assert done.stdout.startswith(f"install -q -c {tmp_path}/keep.txt waystation[EXTRA,cloud,monitor] @ git+")
+    assert (tmp_path / "keep.txt").read_text().split() == ["numpy==2.1.3", "torch==2.11.0+cu128", "jaxlib==0.7.2", "fsspec==2026.2.0"]
 
 
 def test_freeze_files_are_plain_pins():

@@ -15,16 +15,18 @@ import pytest
 
 from waystation.assets import resolve
 from waystation.embedding import engine
-from waystation.embedding.encoder import load, read_config, read_recipe, read_tokenizer, vectors
+from waystation.embedding.encoder import load, vectors
 from waystation.embedding.engine import Cut, embed_texts, flow, open_model, prepare, read_shards
+from waystation.embedding.models import read_config, read_recipe
 from waystation.embedding.packing import lay, pack
+from waystation.embedding.tokens import read_tokenizer
 from waystation.recipe import Job
 from waystation.rows import Rows
 from waystation.runtime import Refused
 from waystation.stations.embed import embed
 from waystation.store import Store
 
-SMALL = dict(model="asset:kmer-random", text="sequence", keep="", chunk_tokens=0, shard_rows=5)
+SMALL = dict(model="asset:kmer-random", text="sequence", keep="", chunk_tokens=0, shard_rows=5, engine="jax")
 
 
 @pytest.fixture(autouse=True)
@@ -80,7 +82,7 @@ def test_banking_chunks_agree_with_sentence_transformers(tmp_path, oracle):
     docs = pq.read_table(resolve("asset:banking", "source").path)
     pq.write_table(docs.take(list(range(0, docs.num_rows, 4))), tmp_path / "docs.parquet")  # every category, every length
     report = embed(run="parity", store=str(tmp_path / "store"), source=str(tmp_path / "docs.parquet"), keep="title,category",
-                   chunk_tokens=200, chunk_overlap=40, shard_rows=64)
+                   chunk_tokens=200, chunk_overlap=40, shard_rows=64, engine="jax")
     table = sealed(report)
     assert report["rows"] == table.num_rows > 200 and report["quarantined"] == report["truncated"] == 0
     assert len(set(table["id"].to_pylist())) == table.num_rows
@@ -176,8 +178,8 @@ def test_sentence_transformers_settings(minilm, kmer, tmp_path):
         read_recipe(minilm, max_tokens=513)
     with pytest.raises(Refused, match="do_lower_case"):
         read_recipe(changed(minilm, tmp_path, "sentence_bert_config.json", do_lower_case=True))
-    with pytest.raises(Refused, match="pooling='max'"):
-        read_recipe(kmer, "max")
+    with pytest.raises(Refused, match="pooling='sum'"):
+        read_recipe(kmer, "sum")
 
 
 def test_weights_match_the_table_both_ways(kmer, tmp_path):
@@ -194,7 +196,7 @@ def test_weights_match_the_table_both_ways(kmer, tmp_path):
     bad["encoder.layer.1.intermediate.dense.weight"] = np.zeros((128, 512), np.float32)
     with pytest.raises(Refused) as e:
         load(saved(bad))
-    for key in [*lost, "encoder.layer.2.output.dense.bias", "encoder.layer.1.intermediate.dense.weight: (512, 128) instead of (128, 512)"]:
+    for key in [*lost, "encoder.layer.2.output.dense.bias", "encoder.layer.1.intermediate.dense.weight: (128, 512) instead of (512, 128)"]:
         assert key in str(e.value)
     extra = {"bert.pooler.dense.weight": np.zeros((2, 2), np.float32), "cls.predictions.bias": np.zeros(2, np.float32)}
     load(saved({f"bert.{k}": v for k, v in good.items()} | extra))
@@ -251,11 +253,11 @@ def test_bad_input_is_refused(sequences, tmp_path):
         ("e", "chunk_tokens=512.*room for 511", dict(chunk_tokens=512)),
         ("f", "chunk_overlap=50", dict(chunk_tokens=50, chunk_overlap=50)),
         ("g", "on_long='cut'", dict(on_long="cut")),
-        ("h", "engine='torch'", dict(engine="torch")),
+        ("h", "engine='tpu'.*'auto'", dict(engine="tpu")),
         ("i", "dtype='int8'", dict(dtype="int8")),
         ("j", "shard_rows=0", dict(shard_rows=0)),
         ("k", "keep='vector'", dict(keep="vector")),
-        ("l", "pooling='max'", dict(pooling="max")),
+        ("l", "pooling='sum'", dict(pooling="sum")),
         ("m", "model=''", dict(model="")),
     ]:
         refused(tmp_path, match, source=s, **{**params, "run": run})

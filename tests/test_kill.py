@@ -53,12 +53,14 @@ def vectors(env, cwd):
     return rows
 
 
-def test_embed_does_no_shard_twice(cli, env, tmp_path):
+@pytest.mark.parametrize("engine", ["jax", "torch"])
+def test_embed_does_no_shard_twice(cli, env, tmp_path, engine):
+    args = [*EMBED, "--engine", engine]
     other = env | {"WAYSTATION_STORE": str(tmp_path / "undisturbed")}
-    whole = cli(*EMBED, "--json", WAYSTATION_STORE=other["WAYSTATION_STORE"])
-    found = kill_after(EMBED, env, tmp_path, "shards", 3)
+    whole = cli(*args, "--json", WAYSTATION_STORE=other["WAYSTATION_STORE"])
+    found = kill_after(args, env, tmp_path, "shards", 3)
     before = {n: Store(env["WAYSTATION_STORE"]).read(n).created for n in found}
-    resumed = cli(*EMBED, "--json")
+    resumed = cli(*args, "--json")
     assert resumed["shards"] == whole["shards"] == 20
     assert resumed["shards_found"] == len(found) >= 3
     assert resumed["shards_computed"] == 20 - len(found)

@@ -210,8 +210,10 @@ store = Store(url)
 lease = Lease(store.place, "a")
 create = store.place.create
 def stopping(key, data):
-    if key.startswith("seals/") and stop == "between": os.kill(os.getpid(), signal.SIGSTOP)
-    return create(key, data)
+    if key.startswith("seals/") and stop: os.kill(os.getpid(), signal.SIGSTOP)
+    made = create(key, data)
+    if key.startswith("seals/") and stop == "then killed": os._exit(137)
+    return made
 store.place.create = stopping
 print("holds", flush=True)
 for n, line in enumerate(sys.stdin):
@@ -284,6 +286,46 @@ def test_stopped_between_the_fence_and_the_commit(make, kind):
         assert store.latest("runs/a/train/1/checkpoints") is None
         assert store.seal(None, "runs/a/train/1/checkpoints/0", {"by": "me"}, mine.check).meta == {"by": "me"}
         mine.release()
+
+
+@pytest.mark.parametrize("kind", ["folder", "gcs"])
+def test_what_is_left_a_seal_that_came_too_late(make, kind):
+    "Stopped before the commit, and killed right after it: its seal stays. It is whole, and the new holder is told before anything is mixed."
+    url = make(kind)
+    with holder(url, stop="then killed") as p:
+        say(p)
+        stopped(p)
+        time.sleep(Lease.ttl * 0.6)
+        mine, store = Lease(open_place(url), "a"), Store(url)
+        assert store.list("runs") == []
+        os.kill(p.pid, signal.SIGCONT)
+        assert p.wait(20) == 137
+        late = "runs/a/train/1/checkpoints/0"
+        assert store.list("runs") == [late] and store.verify(late, read_data=True) == []
+        with pytest.raises(Refused, match="exists with other content"):
+            store.seal(None, late, {"by": "me"}, mine.check)
+        assert store.seal(None, late, {"by": "holder"}, mine.check).meta == {"by": "holder"}  # the same content is no conflict
+        store.seal(None, "runs/a/train/1/checkpoints/1", {"by": "me"}, mine.check)
+        mine.release()
+
+
+def test_what_is_left_a_seal_in_time_that_is_taken_back(make):
+    "Committed before the run was taken over, looked at after it: the new holder has seen what is gone a moment later."
+    url, seen = make("memory"), []
+    store = Store(url)
+
+    def hook(name, moment, key):
+        if (name, moment) == ("create", "after") and key.startswith("seals/"):
+            other.append(Lease(open_place(url), "a", take_over=True))
+            seen.extend(Store(url).list())
+
+    other, lease = [], Lease(store.place, "a")
+    store.place = Hooked(store.place, hook)
+    with pytest.raises(Refused, match="was taken over by"):
+        store.seal(None, "runs/a/x", {}, lease.check)
+    assert (seen, Store(url).list()) == (["runs/a/x"], [])
+    lease.release()
+    other[0].release()
 
 
 def test_stopped_and_nobody_came(make):
@@ -543,9 +585,9 @@ def test_damage_is_never_verified(tmp_path):
 def test_a_service_that_compares_checksums_has_verified_at_once(make, tmp_path):
     (tmp_path / "work").mkdir()
     (tmp_path / "work/a").write_bytes(os.urandom(100_000))
-    for kind, compared in (("gcs", "compared with the service"), ("s3", "compared by the service")):
+    for kind in ("gcs", "s3"):
         store = Store(make(kind))
-        assert compared in store.seal(tmp_path / "work", "models/a/v1").checked
+        assert "compared by the service" in store.seal(tmp_path / "work", "models/a/v1").checked
         assert store.state("models/a/v1") == "verified"
 
 

@@ -414,6 +414,16 @@ def test_what_is_refused_names_the_store_and_no_secret(server, monkeypatch, tmp_
     assert secret not in str(e.value)
 
 
+@pytest.mark.parametrize("kind", ["gcs", "s3"])
+def test_a_missing_file_of_a_bucket_that_is_called_bucket(server, kind):
+    with server(kind).environ() as s:
+        place = open_place(f"{s.url}/my-bucket-{time.time_ns()}")
+        with pytest.raises(FileNotFoundError):
+            place.read("seals/a.json")
+        with pytest.raises(Refused, match="the bucket does not exist"):
+            open_place(f"{place.url.split(':')[0]}://no-such-thing/x").create("a", b"1")
+
+
 def test_rclone_unreachable(monkeypatch, tmp_path):
     monkeypatch.setenv("RCLONE_CONFIG", str(tmp_path / "none"))
     for k, v in dict(TYPE="webdav", URL="http://127.0.0.1:9").items():

@@ -4,9 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from waystation.recipe import begin, load_recipe, run_recipe, station_parameters
+from waystation.recipe import Shards, begin, load_recipe, run_recipe, station_parameters
 from waystation.registry import show_run
 from waystation.runtime import Refused
+from waystation.seal import seal_key
 from waystation.store import Store
 
 
@@ -147,3 +148,15 @@ def test_show_tells_what_a_run_did(params):
         job.finish(dict(rows=5))
     shown = show_run(Store(params["store"]), "a")["steps"][0]
     assert (shown["seals"], shown["report"]["rows"], shown["params"]["seed"]) == (dict(begun=1, report=1, shards=1), 5, 0)
+
+
+def test_a_shard_that_the_report_counts_must_be_there(params):
+    "A writer that had lost the run may take one back that a later one had counted: rows would be missing without a word."
+    with begin("embed", params) as job:
+        names = [job.seal(None, "shards", n, {"rows": 3}) for n in range(3)]
+        job.finish({"rows": 9, "shards": 3})
+    store = Store(params["store"])
+    assert Shards("store:runs/a/embed", store).names == names
+    store.place.delete([seal_key(names[1])])
+    with pytest.raises(Refused, match=r"counts 3 shards and the store has 2.*--restart"):
+        Shards("store:runs/a/embed", store)

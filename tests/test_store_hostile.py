@@ -116,6 +116,14 @@ def test_claims_that_the_bytes_do_not_bear_out(kind, ground, server):
 
 
 GOOD = {"sha256": "0" * 64, "size": 1}
+PACK = "a" * 64
+
+
+def lying(*where):
+    "Files in a pack: (at, size) each, with a hash of their own."
+    return dict(files={f"f{n}": {"sha256": f"{n}" * 64, "size": size, "pack": PACK, "at": at} for n, (at, size) in enumerate(where)})
+
+
 BODIES = {
     "files is a list": dict(files=[]), "files is null": dict(files=None), "a file is a number": dict(files={"a": 1}),
     "no size": dict(files={"a": {"sha256": "0" * 64}}),
@@ -126,6 +134,17 @@ BODIES = {
     "data is another file's": dict(files={"a": GOOD | {"data": "QQ=="}}), "data is no base64": dict(files={"a": GOOD | {"data": "§"}}),
     "data is a number": dict(files={"a": GOOD | {"data": 7}}), "huge data": dict(files={"a": GOOD | {"data": "QUFB" * 3_000_000}}),
     "meta is a list": dict(meta=[]), "another name": dict(name="models/other/v1"), "name is a list": dict(name=["models/evil/v1"]),
+    "a pack leads elsewhere": dict(files={"a": GOOD | {"pack": "../../../../etc/passwd", "at": 0}}),
+    "a pack's hash is a number": dict(files={"a": GOOD | {"pack": 5, "at": 0}}), "a pack is null": dict(files={"a": GOOD | {"pack": None, "at": 0}}),
+    "a pack's hash is in capitals": dict(files={"a": GOOD | {"pack": "A" * 64, "at": 0}}), "a pack without at": dict(files={"a": GOOD | {"pack": PACK}}),
+    "at without a pack": dict(files={"a": GOOD | {"at": 0}}), "at is true": dict(files={"a": GOOD | {"pack": PACK, "at": False}}),
+    "at is text": dict(files={"a": GOOD | {"pack": PACK, "at": "0"}}), "at is a float": lying((0.0, 1)), "at below zero": lying((-1, 1), (0, 5)),
+    "at is huge": lying((10**30, 1)), "a pack and data": dict(files={"a": GOOD | {"pack": PACK, "at": 0, "data": "QQ=="}}),
+    "a pack begins late": lying((1, 5)), "a gap in a pack": lying((0, 5), (6, 5)), "files overlap": lying((0, 5), (4, 5)), "a file in a file": lying((0, 9), (2, 3)),
+    "two files in one place": lying((0, 5), (0, 5)), "a huge file in a pack": lying((0, 5), (5, 10 << 30)),
+    "a huge pack": lying(*((n << 20, 1 << 20) for n in range(9))),
+    "a blob of two sizes": dict(files={"a": GOOD, "b": GOOD | {"size": 2}}),
+    "a pack that is a file of another size": dict(files={"a": {"sha256": PACK, "size": 3}, **lying((0, 5))["files"]}),
     "created is a number": dict(created=5), "writer is a list": dict(writer=[]), "checked is null": dict(checked=None),
 }
 
@@ -139,6 +158,27 @@ def test_a_manifest_of_the_wrong_shape_is_refused(changes, ground):
         with pytest.raises(Refused, match="damaged manifest"):
             act("models/evil/v1")
     assert not list((ground / "out").rglob("*"))
+
+
+@pytest.mark.parametrize("kind", ["file", "gs"])
+def test_a_pack_with_other_bytes_than_its_manifest_claims(kind, ground, server):
+    with serving(kind, server, ground / "store") as (url, _):
+        store = Store(url)
+        pack = blob(store, b"one" * 50_000 + b"two" * 50_000, ground)
+        true = {"one": {"sha256": _sha256(b"one" * 50_000), "size": 150_000, "pack": pack["sha256"], "at": 0},
+                "two": {"sha256": _sha256(b"two" * 50_000), "size": 150_000, "pack": pack["sha256"], "at": 150_000}}
+        plant(store, "models/good/v1", true)
+        assert store.verify("models/good/v1", read_data=True) == []
+        assert (store.fetch("models/good/v1", ground / "out") / "two").read_bytes() == b"two" * 50_000
+        plant(store, "models/evil/v1", true | {"two": true["two"] | {"sha256": "0" * 64}})
+        plant(store, "models/evil/v2", {k: v | {"size": 100_000, "at": v["at"] // 3 * 2} for k, v in true.items()})
+        plant(store, "models/evil/v3", {k: v | {"pack": "0" * 64} for k, v in true.items()})
+        for version, wrong, match in (1, ["two"], "two does not have the bytes"), (2, ["one", "two"], "instead of 200000"), (3, ["one", "two"], "is missing"):
+            found = store.verify(f"models/evil/v{version}", read_data=True)
+            assert [w.split(": ")[1].split()[0] for w in found] == wrong, found
+            with pytest.raises(Refused, match=match):
+                store.fetch(f"models/evil/v{version}", ground / f"out{version}")
+            assert not [p for p in (ground / f"out{version}").rglob("*") if p.name != "one"]
 
 
 RAW = {

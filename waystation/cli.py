@@ -78,7 +78,7 @@ def parser(
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
     return p
 
-# %% ../nbs/90_cli.ipynb #f912551b
+# %% ../nbs/90_cli.ipynb #8d896e9b
 STORE_HELP = 'look into a store, and keep it in order'
 STORE = {'ls': 'waystation.cli:store_ls', 'fetch': 'waystation.cli:store_fetch', 'seal': 'waystation.cli:store_seal', 'verify': 'waystation.cli:store_verify',
          'copy': 'waystation.cli:store_copy', 'sync': 'waystation.cli:store_sync', 'doctor': 'waystation.doctor:doctor',
@@ -104,7 +104,9 @@ def store_ls(
     s = _open(store)
     names, refs = s.list(prefix), s.refs(prefix)
     states = s.states(names)
-    lines = [*(f'{states[n]:<9}  {n}' for n in names), *(f"{'ref':<9}  {r} -> {n}" for r, n in refs.items())]
+    kept = [] if prefix else [n for n in names if n.startswith('caches/')]  # nobody's results: shown to those who ask
+    lines = [*(f'{states[n]:<9}  {n}' for n in names if n not in kept), *(f"{'ref':<9}  {r} -> {n}" for r, n in refs.items())]
+    if kept: lines.append(f'besides, {len(kept)} of compiled programs: --prefix caches')
     return dict(store=s.url, seals=names, states=states, refs=refs, text='\n'.join(lines) or 'nothing here')
 
 def store_fetch(

@@ -6,8 +6,8 @@
 __all__ = ['log', 'T', 'CHUNK', 'transient', 'Patience', 'patiently', 'patiently_async', 'explain', 'telling', 'Entry', 'Place',
            'changed', 'still_there', 'Folder']
 
-# %% ../nbs/02_place.ipynb #0fd62db7
-import asyncio, contextlib, errno, hashlib, logging, os, random, shutil, stat, tempfile, time
+# %% ../nbs/02_place.ipynb #40230dc4
+import asyncio, contextlib, errno, hashlib, logging, os, random, re, shutil, stat, tempfile, time
 from collections.abc import Awaitable, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,13 +20,14 @@ log = logging.getLogger('waystation')
 T = TypeVar('T')
 CHUNK = 8 << 20  # Bytes of a file in memory at once: large against a request's 40 ms, small against a machine
 
-# %% ../nbs/02_place.ipynb #6224ed16
+# %% ../nbs/02_place.ipynb #b1803843
 _SOON = {408, 429, 500, 502, 503, 504}
 _ERRNO = {errno.ECONNRESET, errno.EPIPE, errno.ETIMEDOUT, errno.ECONNABORTED, errno.ECONNREFUSED, errno.EHOSTUNREACH, errno.ENETUNREACH}
 # By name, because a place must not import the libraries of other places: aiohttp, botocore, requests, httpx, urllib3, gcsfs.
 _NAMES = {'ClientConnectionError', 'ClientPayloadError', 'ServerDisconnectedError', 'HTTPClientError', 'ResponseStreamingError', 'ChecksumError',
           'ConnectionError', 'Timeout', 'TimeoutError', 'ProxyError', 'ChunkedEncodingError', 'TransportError', 'IncompleteRead', 'ProtocolError'}
 _RATE = {'rateLimitExceeded', 'userRateLimitExceeded'}  # Drive says 403 to who asks too often
+_DAMAGED = re.compile(r"BadDigest|doesn't match calculated")  # S3's and GCS' words for bytes that were damaged on their way
 _CODES = {'SlowDown', 'InternalError', 'RequestTimeout', 'ServiceUnavailable', 'ConditionalRequestConflict', 'OperationAborted'}
 
 def _answers(e:BaseException) -> Iterator[tuple[int,str,Any]]: # Status, code and headers of each error that led to this one
@@ -49,7 +50,7 @@ def transient(
     asked = [h.get('Retry-After') or h.get('retry-after') for _, _, h in answers if hasattr(h, 'get')]
     reasons = {d.get('reason') for d in getattr(e, 'error_details', None) or [] if isinstance(d, dict)}
     soon = (bool(reasons & _RATE) or any(s in _SOON or c in _CODES for s, c, _ in answers) or getattr(e, 'errno', None) in _ERRNO
-            or bool(_NAMES & {k.__name__ for k in type(e).__mro__}))
+            or bool(_NAMES & {k.__name__ for k in type(e).__mro__}) or bool(_DAMAGED.search(str(e))))
     return next((float(a) for a in asked if a and str(a).replace('.', '', 1).isdigit()), 0.) if soon else None
 
 # %% ../nbs/02_place.ipynb #410c2ff5
@@ -124,7 +125,7 @@ def telling(url:str) -> Iterator[None]:
         if (told := explain(e, url)) is None: raise
         raise told from e
 
-# %% ../nbs/02_place.ipynb #e23367c7
+# %% ../nbs/02_place.ipynb #4574d20b
 @dataclass(frozen=True)
 class Entry:
     "One file of a place."
@@ -165,6 +166,9 @@ class Place:
     def keep(self, key:str, path:Path, size:int, digest:str) -> None:
         "`put`, unless it is there."
         if not self.has(key, size, digest): self.put(key, path, digest)
+
+    def cools(self) -> bool: return False  # Whether some of its files may be marked to move to a colder class by themselves
+    def mark(self, key:str, how:str) -> None: "Mark a file for the rules of its bucket: 'condemned', 'cold', or 'warm', which takes 'cold' back."
 
     def session(self) -> str: return ''  # Through which cache it is seen: reading back in the same one proves nothing; '' where none is between
     def tag(self, key:str) -> str:

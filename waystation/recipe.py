@@ -6,7 +6,7 @@
 __all__ = ['log', 'HOW', 'INPUTS', 'locate', 'identity', 'difference', 'Shards', 'read_report', 'Job', 'begin',
            'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe']
 
-# %% ../nbs/09_recipe.ipynb #2054bfe9
+# %% ../nbs/09_recipe.ipynb #e042c833
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -18,14 +18,15 @@ import yaml
 from .assets import Located, local_copy, resolve
 from .runtime import Interrupted, Refused, cache, host_memory, packaged, settings
 from .lease import Lease
-from .seal import check_name, plain
+from .rows import changes
+from .seal import Seal, check_name, plain
 from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #909d75b3
+# %% ../nbs/09_recipe.ipynb #1a75faa5
 # Parameters that say how a step is run, not what it computes.
-HOW = ('run', 'store', 'step', 'restart', 'take_over', 'cache', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
+HOW = ('run', 'store', 'step', 'restart', 'take_over', 'cache', 'device', 'tensor', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
 INPUTS = ('model', 'data', 'eval_data', 'source', 'metadata', 'questions')
 
 def locate(
@@ -54,7 +55,7 @@ def difference(old:dict[str,Any], new:dict[str,Any]) -> str: # 'seed was 0, is 1
 
 def _short(v) -> str: return repr(v[:12] + '…' if isinstance(v, str) and len(v) > 48 else v)
 
-# %% ../nbs/09_recipe.ipynb #d1cf0c92
+# %% ../nbs/09_recipe.ipynb #09c26a80
 class Shards:
     "The sealed shards of a finished embed step, or a folder of them."
     def __init__(self,
@@ -67,6 +68,9 @@ class Shards:
             if not store.has(f'{base}/report'):
                 raise Refused(f"shards={value!r}: {base} has no report, so it is not finished; run its embed step to the end first")
             self.report, self.names = store.read(f'{base}/report').meta, store.list(f'{base}/shards')
+            if len(self.names) < self.report.get('shards', 0):
+                raise Refused(f"shards={value!r}: the report of {base} counts {self.report['shards']} shards and the store has {len(self.names)}, so rows would "
+                              "be missing; restore the others from a copy of the store, or run its embed step with --restart")
             contents = [store.read(n).content for n in self.names]
         else:
             report = self.folder/'report.json'
@@ -96,7 +100,7 @@ def read_report(
     report = store.read(f'{base}/report').meta
     return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
-# %% ../nbs/09_recipe.ipynb #714e43b1
+# %% ../nbs/09_recipe.ipynb #ff330f08
 class Job:
     "One attempt at one step of a run, with the right to write it."
     def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease):
@@ -121,13 +125,21 @@ class Job:
             # A restart that was killed goes on; one that was finished, or never was one, begins anew.
             again = self.params['restart'] and (changed or done or not begun.meta['restart'])
             if changed and not again:
-                raise Refused(f"run {self.run!r} has a step {self.step!r} with other parameters: {changed}. One run never mixes two: "
+                raise Refused(f"run {self.run!r} has a step {self.step!r} with other parameters: {changed}{self._changes(begun, wanted)}. One run never mixes two: "
                               "choose a new run name, or pass --restart to begin this step anew (what was sealed stays)")
             if not again:
                 self.store.refer(ref, begun.name)
                 return number
         self._new = dict(identity=wanted, params=self.params, station=self.station, restart=bool(self.params['restart']), version=version('waystation'))
         return number + 1
+
+    def _changes(self, begun:Seal, wanted:dict[str,Any]) -> str:
+        "Which files of the source changed, when this step kept a list of them."
+        key, was = 'source (content)', begun.meta['identity']
+        if 'scan.json' not in begun.files or was.get(key) == wanted.get(key) or was.get('source') != wanted.get('source'): return ''
+        with tempfile.TemporaryDirectory(dir=cache()) as tmp:
+            seen = json.loads((self.store.fetch(begun.name, tmp)/'scan.json').read_text(encoding='utf-8'))
+        return f" ({changes(seen['files'], self.inputs['source'].rows)})"
 
     def _shards(self, value:str) -> str:
         "A plain word names a step of this run; none is `embed`."
@@ -140,6 +152,16 @@ class Job:
     @property
     def report(self) -> dict[str,Any]|None: # None while the step is not finished
         return read_report(self.store, self.base)
+
+    @property
+    def found(self) -> Path: # What a step finds out before its first result, and keeps with it: files put here are sealed as part of `begun`
+        return self.work/'found'
+
+    def kept(self, name:str) -> Path|None: # Where files are, one of which is `name`; None while this attempt has not begun
+        "What was put into `found` when the attempt began, here or on another machine."
+        if self._new or name not in self.store.read(f'{self.base}/begun').files: return None
+        shutil.rmtree(self.work/'kept', ignore_errors=True)
+        return self.store.fetch(f'{self.base}/begun', self.work/'kept')
 
     def check(self):
         "Stop unless this process is still the run's writer."
@@ -162,7 +184,7 @@ class Job:
         "Commit files under a name of their own, if this process is still the run's writer."
         self.check()
         if self._new:  # only now is there something that other parameters must not be mixed with: a mistyped first try binds nobody
-            begun = self.store.seal(None, f'{self.base}/begun', self._new).name
+            begun = self.store.seal(self.found if self.found.is_dir() else None, f'{self.base}/begun', self._new).name
             self.store.refer(f'runs/{self.run}/{self.step}', begun)
             self._new = {}
         return self.store.seal(folder, name, meta, self.lease.check).name
@@ -195,7 +217,7 @@ class Job:
         self.seal(None, 'report', meta=doc)
         return read_report(self.store, self.base) or {}
 
-# %% ../nbs/09_recipe.ipynb #2c4f5145
+# %% ../nbs/09_recipe.ipynb #26407a0a
 @contextlib.contextmanager
 def begin(
     station:str,            # 'setup', 'train', 'embed' or 'export'
@@ -205,8 +227,9 @@ def begin(
     params = params | {k: str(params[k]) for k in ('run', 'step')}  # papermill reads `-p run 2024` as a number
     for key in ('run', 'step'): check_name(params[key])
     if '/' in params['run'] or '/' in params['step']: raise Refused(f"run={params['run']!r}, step={params['step']!r}: a name of a run or step has no slash")
-    params = params | {'store': params['store'] or settings()['store']}
-    store = Store(params['store'], mirror=settings()['mirror'])
+    said = settings(params['store'])
+    params = params | {'store': said['store']}
+    store = Store(said['store'], mirror=said['mirror'])
     def stop(*_): raise Interrupted(f"{params['run']}/{params['step']} was asked to stop; what is sealed stays, and the same command goes on from there")
     main = threading.current_thread() is threading.main_thread()
     store.place.sweep()  # before the lease: what fails between taking it and `try` would keep it
@@ -282,7 +305,7 @@ def load_recipe(
             s[key] = check_value(f"{s['step']}.{key}", s[key], defaults[key])
     return steps
 
-# %% ../nbs/09_recipe.ipynb #b489e204
+# %% ../nbs/09_recipe.ipynb #6457e14e
 def run_recipe(
     recipe:str|Path,               # A YAML file or a packaged recipe's name
     run:str,                       # The run's name; the same name goes on
@@ -292,8 +315,9 @@ def run_recipe(
     take_over:bool=False,          # Take the run from another writer
 ) -> dict[str,Any]:                # 'steps': their reports; 'notebooks': seals of the executed notebooks
     "Run a recipe's steps as notebooks, those that are not finished."
-    steps, store = load_recipe(recipe, changes), store or settings()['store']
-    place, reports, notebooks = Store(store, mirror=settings()['mirror']), [], {}
+    steps, said = load_recipe(recipe, changes), settings(store)
+    store, reports, notebooks = said['store'], [], {}
+    place = Store(store, mirror=said['mirror'])
     for s in steps:
         if s.get('cache'): os.environ['WAYSTATION_CACHE'] = str(s['cache'])  # a kernel cannot set it for the next one
         params = station_parameters(s['station']) | {k: v for k, v in s.items() if k != 'station'}

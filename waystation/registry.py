@@ -336,7 +336,7 @@ def _apply(c:Any, url:str, known:dict[str,str], want:dict[str,str], read:dict[st
         found = [dict(r) for asked in (select(*(s.c[k] for k in _LIGHT)).where(*here, ~told), select(s).where(*here, told)) for r in c.execute(asked).mappings()]
         for table, rows in derived(found).items(): add(table, rows)
 
-# %% ../nbs/11_registry.ipynb #c6149731
+# %% ../nbs/11_registry.ipynb #9db98e8e
 class _Selected(Facts):
     "The tables of one store, in a database."
     def __init__(self, connection:Any, store:str): self.connection, self.store = connection, store
@@ -354,7 +354,7 @@ class Registry:
     ):
         from sqlalchemy import NullPool, create_engine, event
         self.store = store
-        url = url or settings().get('registry', '') or str(cache()/'registry'/f'{hashlib.sha256(store.url.encode()).hexdigest()[:8]}.sqlite')
+        url = url or settings(store.url).get('registry', '') or str(cache()/'registry'/f'{hashlib.sha256(store.url.encode()).hexdigest()[:8]}.sqlite')
         self.url = _parse(url)
         self.lite = self.url.get_backend_name() == 'sqlite'
         self._secrets = [s for s in (self.url.password, self.url.query.get('password'), self.url.query.get('sslpassword')) if isinstance(s, str) and s]

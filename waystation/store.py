@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #05047c0f
-import base64, hashlib, json, logging, os, re, shutil, threading, time
-from collections.abc import Callable
+# %% ../nbs/06_store.ipynb #dc2f3322
+import base64, errno, hashlib, json, logging, os, re, shutil, tempfile, time
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future
 from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
@@ -15,16 +16,30 @@ from typing import Any
 
 from .cache import by_content
 from .doctor import doctor
-from .place import Place, changed
+from .place import Place, changed, still_there
 from .remotes import open_place
 from .retention import FRESH, Condemned, prune
 from .runtime import Refused
-from .seal import (ALL_SMALL, SMALL, Seal, blob_key, by_number, check_name, describe, find_files, is_name, lost, new_manifest, plain,
-                             read_manifest, read_ref, seal_key, verified_key)
+from .seal import (Seal, blob_key, by_number, check_name, content_of, cut_packs, describe, find_files, is_name, keep_warm, lost, new_manifest,
+                             plain, read_manifest, read_ref, seal_key, sort_out, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #33e1ed61
+# %% ../nbs/06_store.ipynb #30e94556
 log = logging.getLogger('waystation')
+
+def _sha256(chunks:Iterable[bytes]) -> str:
+    h = hashlib.sha256()
+    for chunk in chunks: h.update(chunk)
+    return h.hexdigest()
+
+def _unchanged(path:Path, entry:dict[str,Any]) -> bytes:
+    "A small file, which is what it was when it was hashed."
+    with still_there(path) as f: data = f.read(entry['size'] + 1)
+    if _sha256([data]) != entry['sha256']: raise changed(path)
+    return data
+
+def _and_more(rels:list[str]) -> str: return rels[0] + (f' (and {len(rels) - 1} more in its pack)' if len(rels) > 1 else '')
+
 Names = list[str]  # inside the class, `list` is a method
 class Store:
     "A durable place that shows complete, verified sets of files and nothing else."
@@ -52,7 +67,7 @@ class Store:
         files, meta = self._upload(folder, not_a_ref), plain(meta)
         if made := self._commit(name, files, meta, fence): return made
         there = self.read(name)
-        if (there.files, there.meta) == (files, meta): return there
+        if (there.content, there.meta) == (content_of(files), meta): return there
         raise Refused(f"seal {name!r} exists with other content (made {there.created}); what is sealed never changes: choose another name")
 
     def publish(self,
@@ -73,38 +88,62 @@ class Store:
     ) -> dict[str,dict[str,Any]]:           # As a manifest has them
         "Store the files of a folder; invisible until a manifest names them."
         found = find_files(folder)
-        inside, room = set(), ALL_SMALL  # Those that travel in the manifest, the smallest first
         sizes = {rel: f.stat().st_size for rel, f in found.items()}
-        for rel in sorted(found, key=lambda r: (sizes[r], r)):
-            if sizes[rel] > min(SMALL, room): break
-            inside.add(rel)
-            room -= sizes[rel]
-        def store(rel):  # a file is on its way while others are still hashed
-            path = found[rel]
-            if rel not in inside:
-                entry = describe(path)
-                with lock: first = entry['sha256'] not in stored; stored.add(entry['sha256'])
-                if first: self._keep(path, entry['size'], entry['sha256'])
-                return entry
-            data = path.read_bytes()
-            if len(data) != sizes[rel]: raise changed(path)
-            return dict(sha256=hashlib.sha256(data).hexdigest(), size=len(data), data=base64.b64encode(data).decode())
-        stored:set[str] = set()
-        lock = threading.Lock()
-        order = sorted(found, key=lambda r: -sizes[r])  # the largest takes longest, so it begins first
+        inside, packed, alone = sort_out(sizes)
+        def carried(rel):
+            data = found[rel].read_bytes()
+            if len(data) != sizes[rel]: raise changed(found[rel])
+            return {rel: dict(sha256=hashlib.sha256(data).hexdigest(), size=len(data), data=base64.b64encode(data).decode())}
         ask:list[Callable[[],Any]] = [also] if also else []
         while True:  # once, unless that took so long that a prune may have condemned what was there at first
-            began = time.monotonic()
-            stored.clear()
-            if len(inside) < len(found): self._condemned.look()
-            jobs:list[Callable[[],Any]] = [*ask, *(partial(store, rel) for rel in order)]
+            began, stored = time.monotonic(), dict[str,str]()
+            looked = Future[None]()
+            def look(looked=looked):
+                try: self._condemned.look()
+                except BaseException as e: looked.set_exception(e); raise
+                looked.set_result(None)
+            def store(rel, stored=stored, looked=looked):  # a file is on its way while others are still hashed
+                entry = describe(found[rel])
+                if stored.setdefault(entry['sha256'], rel) == rel: self._keep(found[rel], entry, looked)
+                return {rel: entry}
+            jobs:list[Callable[[],Any]] = [*ask, *([look] if packed or alone else [])]
+            if packed: jobs.append(partial(self._pack, {rel: found[rel] for rel in packed}, sizes, looked))
+            jobs += [*(partial(store, rel) for rel in reversed(alone)), *(partial(carried, rel) for rel in inside)]  # the largest takes longest
             results = self.place.each(lambda job: job(), jobs)
-            done, ask = dict(zip(order, results[len(ask):], strict=True)), []
+            done, ask = {rel: entry for r in results[len(ask):] if r for rel, entry in r.items()}, []
             if self._condemned.settle() and time.monotonic() - began < FRESH: return {rel: done[rel] for rel in found}
 
-    def _keep(self, path:Path, size:int, digest:str) -> None:
+    def _pack(self, found:dict[str,Path], sizes:dict[str,int], looked:Future) -> dict[str,dict[str,Any]]: # As a manifest has them
+        "Store small files in packs, those of equal content once."
+        entries, first, lies = {rel: describe(path) for rel, path in found.items()}, dict[str,str](), dict[str,dict[str,Any]]()
+        for rel in sorted(entries):
+            if entries[rel]['size'] != sizes[rel]: raise changed(found[rel])
+            first.setdefault(entries[rel]['sha256'], rel)
+        def store(rels):
+            if len(rels) == 1: return self._keep(found[rels[0]], entries[rels[0]], looked)  # a blob as any other
+            with tempfile.TemporaryDirectory(prefix='waystation-') as d:
+                pack, at, h = Path(d)/'pack', 0, hashlib.sha256()
+                try:
+                    with open(pack, 'wb') as out:
+                        for rel in rels: h.update(data := _unchanged(found[rel], entries[rel])); out.write(data)
+                except OSError as e:
+                    if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
+                    raise Refused(f"{d} has no room for a pack of {sum(sizes[r] for r in rels)/1e6:.1f} MB on its way to {self.url}; make room there, "
+                                  "or let TMPDIR name a folder with some") from e
+                self._keep(pack, dict(sha256=h.hexdigest(), size=pack.stat().st_size), looked)
+            for rel in rels:
+                lies[entries[rel]['sha256']] = dict(pack=h.hexdigest(), at=at)
+                at += sizes[rel]
+        self.place.each(store, cut_packs({rel: sizes[rel] for rel in first.values()}))
+        return {rel: entry | lies.get(entry['sha256'], {}) for rel, entry in entries.items()}
+
+    def _keep(self, path:Path, entry:dict[str,Any], looked:Future) -> None: # `looked`: done when the list of the condemned is read
         "Store a blob that is not there, or that is about to be collected."
-        if not self._condemned.holds(digest): return self.place.keep(blob_key(digest), path, size, digest)
+        digest, size = entry['sha256'], entry['size']
+        # Asked while that list is on its way. Only a no counts, and leads to what is always right; a yes from before the list proves nothing.
+        absent = not looked.done() and self.place.size(blob_key(digest)) is None
+        looked.result()
+        if not absent and not self._condemned.holds(digest): return self.place.keep(blob_key(digest), path, size, digest)
         self.place.put(blob_key(digest), path, digest)
         self._condemned.stored(digest)
 
@@ -158,30 +197,46 @@ class Store:
         to.mkdir(parents=True, exist_ok=True)
         need, free = sum(f['size'] for f in seal.files.values()), shutil.disk_usage(to).free
         if need > free: raise Refused(f"seal {seal.name!r} has {need/1e6:.0f} MB and {to} has room for {free/1e6:.0f}; make room or name another folder")
-        self.place.each(lambda item: self._fetch_file(seal, *item, to), seal.files.items())
+        self.place.each(lambda rels: self._fetch_files(seal, rels, to), seal.reads)
         return to
 
-    def _fetch_file(self, seal:Seal, rel:str, entry:dict[str,Any], to:Path) -> None:
-        target, size = to/rel, entry['size']
-        for above in [p for p in target.parents if to in p.parents] + [target]:  # a link in there would lead out of `to`
-            if above.is_symlink(): raise Refused(f"{above} is a symbolic link, so fetching {seal.name!r} would write elsewhere; remove it or name another folder")
-        if 'data' not in entry and (there := self.place.size(blob_key(entry['sha256']))) != size:
-            raise Refused(lost(seal.name, rel, 'is missing' if there is None else f'has {there} bytes instead of {size}'))
-        target.parent.mkdir(parents=True, exist_ok=True)
-        # A name that no file of the seal has. Created anew: whatever lies there, a link out of `to` perhaps, is not written through.
-        part, h = target.with_name(f'.{hashlib.sha256(rel.encode()).hexdigest()[:16]}.part'), hashlib.sha256()
-        part.unlink(missing_ok=True)
-        with open(part, 'xb') as dst:
-            for chunk in self._chunks(entry):
-                h.update(chunk); dst.write(chunk)
-        if h.hexdigest() != entry['sha256']:
-            part.unlink()
-            raise Refused(lost(seal.name, rel, 'does not have the bytes that were sealed'))
-        os.replace(part, target)
+    def _fetch_files(self, seal:Seal, rels:Names, to:Path) -> None: # `rels`: one of `seal.reads`
+        for rel in rels:
+            for above in [p for p in (to/rel).parents if to in p.parents] + [to/rel]:  # a link in there would lead out of `to`
+                if above.is_symlink(): raise Refused(f"{above} is a symbolic link, so fetching {seal.name!r} would write elsewhere; "
+                                                     "remove it or name another folder")
+        if wrong := self._wrong_size(seal, rels): raise Refused(lost(seal.name, _and_more(rels), wrong))
+        torn = []
+        for rel, chunks in self._contents(seal, rels):
+            target, h = to/rel, hashlib.sha256()
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A name that no file of the seal has. Created anew: whatever lies there, a link out of `to` perhaps, is not written through.
+            part = target.with_name(f'.{hashlib.sha256(rel.encode()).hexdigest()[:16]}.part')
+            part.unlink(missing_ok=True)
+            with open(part, 'xb') as dst:
+                for chunk in chunks: h.update(chunk); dst.write(chunk)
+            if h.hexdigest() == seal.files[rel]['sha256']: os.replace(part, target)
+            else: torn.append(rel); part.unlink()
+        if torn: raise Refused(lost(seal.name, _and_more(torn), 'does not have the bytes that were sealed'))
 
-    def _chunks(self, entry:dict[str,Any]):
-        if 'data' in entry: return [base64.b64decode(entry['data'])]
-        return self.place.chunks(blob_key(entry['sha256']), entry['size'])
+    def _wrong_size(self, seal:Seal, rels:Names) -> str: # '' when it is there
+        "What is wrong with the blob of some files, by its size."
+        entry = seal.files[rels[0]]
+        if 'data' in entry: return ''  # `read` has compared it
+        size = max(seal.files[r].get('at', 0) + seal.files[r]['size'] for r in rels)
+        there = self.place.size(blob_key(entry.get('pack', entry['sha256'])))
+        if there == size: return ''
+        return ('lies in a pack that ' if 'pack' in entry else '') + ('is missing' if there is None else f'has {there} bytes instead of {size}')
+
+    def _contents(self, seal:Seal, rels:Names) -> Iterator[tuple[str,Iterable[bytes]]]:
+        "Files that are read at once, each in pieces."
+        entry = seal.files[rels[0]]
+        if 'data' in entry: yield rels[0], [base64.b64decode(entry['data'])]
+        elif 'pack' not in entry: yield rels[0], self.place.chunks(blob_key(entry['sha256']), entry['size'])
+        else:
+            parts = {rel: (at := seal.files[rel]['at'], at + seal.files[rel]['size']) for rel in rels}
+            pack = b''.join(self.place.chunks(blob_key(entry['pack']), max(end for _, end in parts.values())))
+            for rel, (at, end) in parts.items(): yield rel, [pack[at:end]]
 
     def verify(self,
         name:str,               # A seal or a ref
@@ -189,17 +244,11 @@ class Store:
     ) -> Names:                 # What is wrong, a sentence each; empty when all is well
         "Whether a seal's files are all there."
         seal = self.read(name)
-        def wrong(item):
-            rel, entry = item
-            if 'data' in entry: return None  # `read` has compared it
-            there = self.place.size(blob_key(entry['sha256']))
-            if there is None: return lost(seal.name, rel, 'is missing')
-            if there != entry['size']: return lost(seal.name, rel, f"has {there} bytes instead of {entry['size']}")
-            if not read_data: return None
-            h = hashlib.sha256()
-            for chunk in self._chunks(entry): h.update(chunk)
-            return None if h.hexdigest() == entry['sha256'] else lost(seal.name, rel, 'does not have the bytes that were sealed')
-        found = [w for w in self.place.each(wrong, seal.files.items()) if w]
+        def wrong(rels):
+            if what := self._wrong_size(seal, rels): return [lost(seal.name, rel, what) for rel in rels]
+            return [lost(seal.name, rel, 'does not have the bytes that were sealed') for rel, chunks in self._contents(seal, rels)
+                    if _sha256(chunks) != seal.files[rel]['sha256']] if read_data else []
+        found = [w for some in self.place.each(wrong, seal.reads) for w in some]
         if read_data and not found: self._read_back(seal)
         if found and self._is_verified(seal.name): self.place.delete([verified_key(seal.name)])
         return found
@@ -246,12 +295,14 @@ class Store:
         check_name(ref)
         if self.has(ref): raise Refused(f"{ref!r} is a seal already; a name is a seal or a ref, never both: choose another")
         name = self.resolve(name)
+        keep_warm(self.place, name)  # before, so that a kill leaves no ref to what may grow cold
         while True:
             last = self._last_ref(ref)
             if last and last[1] == name: return
             if self.place.create(f'refs/{ref}/{last[0] + 1 if last else 1}.json', json.dumps(dict(name=name)).encode()): break
         if not self.has(name):  # a prune that looked at the refs a moment too early; it puts back what it sees to be named
             raise Refused(f"seal {name!r} was removed by a prune just now, so {ref!r} names nothing; point it at another seal")
+        keep_warm(self.place, name)  # after: a `lifecycle` may have looked at the refs in between
         if self.mirror: self.mirror.note('ref', ref)
 
     def _last_ref(self, ref:str) -> tuple[int,str]|None:

@@ -6,7 +6,7 @@
 __all__ = ['log', 'Tick', 'BATCH', 'Files', 'moved', 'on_disk', 'Known', 'Content', 'digest_of', 'copy', 'Moved', 'sync',
            'Mirror']
 
-# %% ../nbs/05_transfer.ipynb #801d386a
+# %% ../nbs/05_transfer.ipynb #10ad34c8
 import contextlib, errno, hashlib, json, logging, os, re, secrets, shutil, stat, threading, time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
@@ -15,8 +15,9 @@ from typing import Any
 
 from .place import CHUNK, Entry, Folder, Place, _publish, explain
 from .remotes import open_place
+from .retention import Condemned
 from .runtime import Interrupted, Refused, cache, is_alive, process, redact
-from .seal import Seal, blob_key, check_name, hash_file, lost, read_manifest, seal_key
+from .seal import Seal, blob_key, check_name, hash_file, keep_warm, lost, read_manifest, seal_key
 
 log = logging.getLogger('waystation')
 Tick = Callable[[int,int],Any]  # (what was just done, what there is in all): bytes for `copy`, seals for `sync`
@@ -331,7 +332,7 @@ def _goes_on(old:dict[int,str], new:dict[int,str]) -> bool:
     "Whether the log `new` is `old` and perhaps more. Early entries may be missing on either side; the last of `old` must be in both."
     return all(old[n] == new[n] for n in old.keys() & new.keys()) and (not old or max(old) in new)
 
-# %% ../nbs/05_transfer.ipynb #14064e05
+# %% ../nbs/05_transfer.ipynb #a927cba8
 BATCH = 32  # Seals whose manifests are held at once: 1.4 MB each at the most
 
 def _manifest(place:Place, name:str, moved:Moved) -> tuple[bytes,Seal]|None: # None when there is none that can be moved
@@ -344,40 +345,31 @@ def _manifest(place:Place, name:str, moved:Moved) -> tuple[bytes,Seal]|None: # N
         moved.wrong.append(f'{e} (in {place.url})')
         return None
 
-def _send(src:Place, dst:Place, names:list[str], moved:Moved, tick:Callable[[int],Any]=lambda n: None) -> None:
+def _send(src:Place, dst:Place, names:list[str], moved:Moved, guard:Condemned, tick:Callable[[int],Any]=lambda n: None) -> None:
     "Move seals that `dst` lacks, some at a time: their blobs, then their manifests."
-    doomed = _doomed(dst) if names else set()
     for at in range(0, len(names), BATCH):
         part = names[at:at + BATCH]
-        _send_batch(src, dst, doomed, {n: m for n, m in zip(part, src.each(lambda n: _manifest(src, n, moved), part), strict=True) if m}, moved)
+        _send_batch(src, dst, guard, {n: m for n, m in zip(part, src.each(lambda n: _manifest(src, n, moved), part), strict=True) if m}, moved)
         tick(len(part))
 
-def _doomed(place:Place) -> set[str]:
-    "Blobs that a prune has condemned: there for now, and gone unless they are stored again."
-    found:set[str] = set()
-    for key in place.keys('condemned'):
-        with contextlib.suppress(FileNotFoundError, ValueError, KeyError, TypeError): found |= set(json.loads(place.read(key))['digests'])
-    return found
-
-def _send_batch(src:Place, dst:Place, doomed:set[str], batch:dict[str,tuple[bytes,Seal]], moved:Moved) -> None:
+def _send_batch(src:Place, dst:Place, guard:Condemned, batch:dict[str,tuple[bytes,Seal]], moved:Moved) -> None:
     blobs = {d: (size, name) for name, (_, seal) in batch.items() for d, size in seal.blobs.items()}
-    how = dict(zip(blobs, dst.each(lambda d: _send_blob(src, dst, d, *blobs[d], moved, again=d in doomed), blobs), strict=True))
+    wrong:dict[str,str] = {}  # Digest -> why it could not be moved
+    def send(d): _send_blob(src, dst, guard, d, *blobs[d], moved, wrong)
+    if blobs: guard.guarded(lambda: dst.each(send, blobs.keys() - wrong.keys()))
+    moved.wrong += wrong.values()
     def commit(name):
         data, seal = batch[name]
-        if any(not how[d] for d in seal.blobs): return
-        if not dst.create(seal_key(name), data):
-            moved.conflicts.append(f"seal {name!r} exists with other content in {dst.url}; it was not touched")
-            return
-        for d, size in seal.blobs.items():  # what lay there may have been condemned before this manifest could save it
-            if how[d] == 'there' and dst.size(blob_key(d)) != size: _send_blob(src, dst, d, size, name, moved, again=True)
-        moved.seals.append(name)
+        if seal.blobs.keys() & wrong: return
+        if dst.create(seal_key(name), data): moved.seals.append(name)
+        else: moved.conflicts.append(f"seal {name!r} exists with other content in {dst.url}; it was not touched")
     dst.each(commit, batch)
 
-def _send_blob(src:Place, dst:Place, digest:str, size:int, name:str, moved:Moved, again:bool=False) -> str: # 'there', 'sent', or '' when it cannot
+def _send_blob(src:Place, dst:Place, guard:Condemned, digest:str, size:int, name:str, moved:Moved, wrong:dict[str,str]) -> None:
     "Move one blob, hashed on the way."
     key = blob_key(digest)
-    if not again and dst.has(key, size, digest): return 'there'
-    def cannot(what): moved.wrong.append(f'{lost(name, digest[:12], what)} ({src.url})'); return ''
+    if not guard.holds(digest) and dst.has(key, size, digest): return
+    def cannot(what): wrong[digest] = f'{lost(name, digest[:12], what)} ({src.url})'
     try:
         if (there := src.size(key)) is None: return cannot('is missing')
         if there != size: return cannot(f'has {there} bytes instead of {size}')
@@ -388,10 +380,10 @@ def _send_blob(src:Place, dst:Place, digest:str, size:int, name:str, moved:Moved
     if not dst.checked and not isinstance(dst, Folder) and digest_of(dst, key, size) != digest:
         dst.delete([key])
         raise Interrupted(f"{dst.url}: a blob came back with other bytes than were sent and was removed; the same command sends it again")
+    guard.stored(digest)
     moved.blobs += 1; moved.bytes += size
-    return 'sent'
 
-# %% ../nbs/05_transfer.ipynb #071324f0
+# %% ../nbs/05_transfer.ipynb #0e59dfcc
 def _extend(dst:Place, ref:str, old:dict[int,str], new:dict[int,str], here:Callable[[str],bool], moved:Moved) -> None:
     "Append to a ref's log what the other side has more. An entry whose seal is not here is left out, so that no reader is led to nothing."
     more = [n for n in sorted(new) if n > max(old, default=0)]
@@ -400,9 +392,10 @@ def _extend(dst:Place, ref:str, old:dict[int,str], new:dict[int,str], here:Calla
         return
     for n in more:
         if not here(new[n]): continue
+        keep_warm(dst, new[n])
         if not dst.create(f'refs/{ref}/{n}.json', json.dumps(dict(name=new[n])).encode()):
             moved.conflicts.append(f"ref {ref!r} was moved in {dst.url} just now; run it again to compare"); return
-    if more: moved.refs.append(ref)
+    if more: moved.refs.append(ref); keep_warm(dst, new[more[-1]])
 
 def _send_refs(src:Place, dst:Place, refs:Iterable[str], logs:tuple[dict,dict], torn:set[str], moved:Moved) -> None:
     "Extend the logs of `dst` that end before those of `src`."
@@ -412,7 +405,7 @@ def _send_refs(src:Place, dst:Place, refs:Iterable[str], logs:tuple[dict,dict], 
             _extend(dst, ref, old, new, lambda name: dst.size(seal_key(name)) is not None, moved)
     dst.each(one, refs)
 
-# %% ../nbs/05_transfer.ipynb #5b008ec1
+# %% ../nbs/05_transfer.ipynb #681d2c04
 def sync(
     a:Place,               # A store's place
     b:Place,               # The other's
@@ -438,7 +431,7 @@ def sync(
     total = sum(len(names) for _, _, names, *_ in ways)
     told = tick or (lambda done, total: None)
     told(0, total)
-    for src, dst, missing, moved, _ in ways: _send(src, dst, missing, moved, lambda n: told(n, total))
+    for src, dst, missing, moved, _ in ways: _send(src, dst, missing, moved, Condemned(dst), lambda n: told(n, total))
     refs = sorted((logs[0].keys() | logs[1].keys()) - mixed)
     to_b.conflicts += [c for ref in refs if (c := _parted(ref, logs[0].get(ref, {}), logs[1].get(ref, {}), torn))]
     for src, dst, _, moved, both in ways: _send_refs(src, dst, refs, both, torn, moved)
@@ -449,7 +442,7 @@ def _conflicts(a:Place, b:Place, names:list[str], moved:Moved) -> set[str]: # Se
     def differs(name):
         one, two = (_manifest(p, name, moved) for p in (a, b))
         if one is None or two is None: return True
-        if (one[1].files, one[1].meta) == (two[1].files, two[1].meta): return False
+        if (one[1].content, one[1].meta) == (two[1].content, two[1].meta): return False
         moved.conflicts.append(f"seal {name!r} has one content in {a.url} (made {one[1].created}) and another in {b.url} (made {two[1].created}); "
                                "neither was touched: remove one, or seal one again under another name")
         return True
@@ -463,7 +456,7 @@ def _parted(ref:str, one:dict[int,str], two:dict[int,str], torn:set[str]) -> str
         return f"ref {ref!r} names {sorted(bad)[0]!r}, which is not the same in both stores; it was not moved"
     return ''
 
-# %% ../nbs/05_transfer.ipynb #486b399c
+# %% ../nbs/05_transfer.ipynb #aeb475d8
 class Mirror:
     "Follows a store in the background, onto another place."
     farewell = 30.  # Seconds that the end of a station waits for what is on its way
@@ -537,6 +530,7 @@ class Mirror:
         if self._place is None:
             self._place = open_place(self._url)
             self._place.workers = 1  # no pool: its threads would hold up the end of the process; and the first place goes first
+            self._guard = Condemned(self._place)
         first, second = self.first, self._place
         if second.url == first.url: raise Refused(f"mirror={self.url} is the store itself; name another place")
         moved, refs = Moved(), [''] if behind else sorted(n for kind, n in names if kind == 'ref')
@@ -545,7 +539,7 @@ class Mirror:
         # After the logs: what they name by now was sealed before.
         seals |= {log[max(log)] for ref, log in new.items() if max(log) > max(old.get(ref, {}), default=0)}
         if behind: seals |= _names(first, '') - _names(second, '')
-        _send(first, second, sorted(seals), moved)
+        _send(first, second, sorted(seals), moved, self._guard)
         moved.conflicts += [told for ref in new if (told := _parted(ref, new[ref], old.get(ref, {}), set()))]
         _send_refs(first, second, new, (new, old), set(), moved)
         if moved.conflicts or moved.wrong: raise Refused('; '.join([*moved.conflicts, *moved.wrong][:3]))

@@ -51,6 +51,7 @@ def run() -> None:
 
     import numpy as np
     assert sys.version_info[:2] == (3, 13) and importlib.util.find_spec("torch") is None
+    assert all(map(importlib.util.find_spec, ("gcsfs", "googleapiclient"))), "the bootstrap cells brought nothing for a store on gs:// or drive:"
     with tempfile.TemporaryDirectory() as tmp:
         store, where = str(Path(tmp) / "store"), Path(tmp)
         common = dict(run="colab", store=store)

@@ -69,7 +69,7 @@ def lay(
         tokens[r, here], positions[r, here], segments[r, here] = ids, np.arange(len(ids)), g + 1
     return tokens, positions, segments
 
-# %% ../../nbs/embedding/20_packing.ipynb #aa788729
+# %% ../../nbs/embedding/20_packing.ipynb #f6d43b54
 WIDTHS = (128, 256, 512, 1024, 2048)  # few, since each is a compilation
 
 
@@ -86,11 +86,12 @@ def choose(
     linear: float,            # Work a token for the matrix multiplies with weights
     attention: float,         # Work a pair of slots for attention
     widths: Sequence[int] = WIDTHS,
+    multiple: int = 1,        # Rows a batch are a multiple of this: the chips that share them
 ) -> tuple[Packed, int]:      # The packing, and the rows a batch
     "Pack at each width that holds the longest text; keep what costs least."
     options = []
     for width in (w for w in widths if w >= max(lengths, default=1)):
-        packed, size = pack(lengths, width, width // 8), max(batch_tokens // width, 1)
+        packed, size = pack(lengths, width, width // 8), max(batch_tokens // width // multiple, 1) * multiple
         batches = -(-packed.rows // size)
         options.append((batches * size * width * (linear + attention * width), width, packed, size))
     if not options:

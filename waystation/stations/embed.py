@@ -5,23 +5,24 @@
 # %% auto #0
 __all__ = ['check', 'embed']
 
-# %% ../../nbs/stations/3_embed.ipynb #b2cccfe0
+# %% ../../nbs/stations/3_embed.ipynb #7cd21556
+from functools import partial
 from typing import Any
 
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/3_embed.ipynb #aaa28438
+# %% ../../nbs/stations/3_embed.ipynb #889027ed
 def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_rows:int, limit:int) -> None:
     "Refuse what is wrong with the arguments alone."
     if not model or not source: raise Refused(f"model={model!r}, source={source!r}: embed needs both; name a path, store:NAME, asset:NAME or a hub id")
-    if engine != 'jax': raise Refused(f"engine={engine!r} does not exist; use engine='jax'")
+    if engine not in ('auto', 'jax', 'torch'): raise Refused(f"engine={engine!r} does not exist; use 'auto' (the faster one here), 'jax' or 'torch'")
     if dtype not in ('float32', 'float16'): raise Refused(f"dtype={dtype!r}: vectors are kept as 'float32' or 'float16'")
     if on_duplicate not in ('error', 'first'): raise Refused(f"on_duplicate={on_duplicate!r}; use 'error', or 'first' to set later rows aside")
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #2033ac05
+# %% ../../nbs/stations/3_embed.ipynb #5841d4b7
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -29,13 +30,13 @@ def embed(
     restart:bool=False,           # Begin this step anew; what was sealed stays readable
     take_over:bool=False,         # Take the run from another writer that still seems alive
     step:str='embed',             # Name of this step in the run
-    source:str='asset:banking',   # Rows: Parquet, JSONL, CSV or FASTA
+    source:str='asset:banking',   # Rows: file, folder, pattern, gs://, s3://; Parquet, Arrow, JSONL, CSV, FASTA, FASTQ
     text:str='text',              # Column with the text or sequence
     id:str='id',                  # Column with the unique id
     keep:str='',                  # Columns to carry along, separated by commas
     limit:int=0,                  # At most so many rows; 0: all
     model:str='asset:minilm',     # Model folder: config.json, model.safetensors, tokenizer
-    pooling:str='',               # mean or cls; '': what the model says
+    pooling:str='',               # mean, cls, max, last or weighted; '': what the model says
     max_tokens:int=0,             # Tokens a text, special ones included; 0: what the model says
     chunk_tokens:int=0,           # Tokens a chunk; 0: no chunks, a row is one text
     chunk_overlap:int=40,         # Tokens that neighbouring chunks share
@@ -43,22 +44,26 @@ def embed(
     on_duplicate:str='error',     # A repeated id: error, or first (the later rows are set aside)
     shard_rows:int=1024,          # Source rows a shard: what a kill can cost
     dtype:str='float32',          # How vectors are kept: float32 or float16
-    engine:str='jax',             # What computes: jax
+    engine:str='auto',            # What computes: jax, torch, or auto (the faster one on these rows)
+    device:str='',                # tpu, gpu or cpu; '': the first that is there
+    tensor:int=1,                 # Chips that share one copy of the weights
 ) -> dict[str,Any]:               # The report: rows, quarantined, shards, shards_at, dim, tokens, fill, …
     "Embed the rows of `source` into sealed shards of vectors."
     params = dict(locals())
     check(model, source, engine, dtype, on_duplicate, shard_rows, limit)
-    from waystation.embedding.engine import Cut, embed_rows, kept_columns, open_model, refuse_long
-    from waystation.rows import Rows
+    try: from waystation.embedding.choice import settle
+    except ImportError as e: raise Refused(f"embed needs {e.name}; pip install 'waystation[embed]'") from e
+    from waystation.embedding.engine import Cut, embed_rows, kept_columns, open_model
+    from waystation.rows import Rows, Scan
     cut, kept = Cut(chunk_tokens, chunk_overlap, on_long), kept_columns(keep, id, text)
     with begin('embed', params) as job:
         if job.report: return job.report
-        rows = Rows(job.inputs['source'].path, id, text, kept, limit)
-        scan = rows.scan(on_duplicate)
-        m = open_model(job.inputs['model'].path, pooling, max_tokens)
-        cut.check(m)
-        refuse_long(m, rows, cut)
-        done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype)
+        rows, before = Rows(job.inputs['source'].rows, id, text, kept, limit), job.kept('scan.json')
+        scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
+        opened = partial(open_model, job.inputs['model'].path, pooling, max_tokens, device=device, tensor=tensor)
+        m, why = settle(job, rows, scan, opened, cut, shard_rows, dtype, engine)
+        scan.save(job.found)
+        done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype, why)
         return job.finish(done | m.about | dict(
-            shards_at=f'{job.base}/shards', dtype=dtype, engine=engine, model=model, model_fingerprint=job.inputs['model'].fingerprint,
+            shards_at=f'{job.base}/shards', dtype=dtype, model=model, model_fingerprint=job.inputs['model'].fingerprint,
             source=source, source_fingerprint=scan.fingerprint))
