@@ -41,7 +41,7 @@ CHILD = """if True:
     p = model.program
     up = jax.tree.leaves(p.weights['up'])[0]
     print(json.dumps(dict(about=p.chips.about, data=p.chips.data, hlo=[c.as_text() for c in p.compiled.values()], shapes=p.shapes, at=p.kept.name,
-                          rows=[len(b[0]) for b in shard.pieces.batches], up=[s.data.shape for s in up.addressable_shards])))
+                          rows=[len(b[0]) for b in shard.pieces.laid.batches], up=[s.data.shape for s in up.addressable_shards])))
 """
 
 
@@ -102,6 +102,29 @@ def test_rows_on_many_chips_are_those_of_one_and_no_chip_talks(on, n):
     assert said["data"] == n and said["rows"] and not any(r % n for r in said["rows"])
     assert said["hlo"] and f"num_partitions={n}" in said["hlo"][0]  # it is the program of all of them
     assert not any(COLLECTIVE.search(text) for text in said["hlo"])
+
+
+LOWER = """if True:
+    import jax, jax.numpy as jnp
+    from flax import nnx
+    from waystation.embedding.devices import find_chips, spread
+    from waystation.embedding.encoder import Encoder, apart, attention_for
+    from waystation.embedding.models import Config, shapes
+    c = Config(vocab=50, dim=128, layers=2, heads=2, hidden=256, positions=128, eps=1e-6, pad=0, types=2)
+    ids = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    for kind in ('TPU v5 lite', 'TPU v3'):
+        encoder = nnx.eval_shape(lambda: Encoder(c, {n: jnp.zeros(s, jnp.bfloat16) for n, s in shapes(c).items()}, attention_for(kind)))
+        f, weights = apart(encoder, 'mean', True)
+        print(spread(find_chips(), f, 16).trace(weights, ids, ids, ids).lower(lowering_platforms=('tpu',)).as_text().count('tpu_custom_call'))
+"""
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_the_flash_kernel_is_let_through_to_a_tpus_compiler(n):
+    "A kernel that is not told where its rows lie is refused there, and no CPU would notice; for that refusal no TPU is needed."
+    done = subprocess.run([sys.executable, "-c", LOWER], env=environment(n), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [int(line) for line in done.stdout.split()] == [1, 0]  # one in the scanned layer; a v3 has the plain form
 
 
 def test_weights_shared_by_four_chips_give_the_same_vectors(on):

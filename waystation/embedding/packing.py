@@ -69,15 +69,19 @@ def lay(
         tokens[r, here], positions[r, here], segments[r, here] = ids, np.arange(len(ids)), g + 1
     return tokens, positions, segments
 
-# %% ../../nbs/embedding/20_packing.ipynb #f6d43b54
+# %% ../../nbs/embedding/20_packing.ipynb #74e3d460
 WIDTHS = (128, 256, 512, 1024, 2048)  # few, since each is a compilation
 
 
 def batching(
-    platform: str,      # As JAX calls it: 'cpu', 'gpu' or 'tpu'
-) -> tuple[int, int]:   # Slots a batch, and what a made-to-measure width is a multiple of
+    platform: str,              # As JAX calls it: 'cpu', 'gpu' or 'tpu'
+    usual: int,                 # Tokens of the job's usual longest text: one width is made to measure for it
+    chips: int = 1,             # Chips that share a batch
+) -> tuple[int, list[int]]:     # Slots a batch, and the widths to choose from
     "A CPU is busy with few slots, and small batches waste less at a shard's end; an accelerator needs many at once, in tiles of 128."
-    return (2048, 16) if platform == "cpu" else (32768, 128)
+    # More chips do not make the batch larger until each has 4,096 slots: a shard must fill it.
+    most, grain = (2048, 16) if platform == "cpu" else (max(32768, 4096 * chips), 128)
+    return most, sorted({*WIDTHS, -(-usual // grain) * grain})
 
 
 def choose(
