@@ -11,6 +11,7 @@ import pytest
 
 from waystation.chips import CHIPS, SLICES
 from waystation.embedding import preflight as part
+from waystation.embedding.models import PRESETS
 from waystation.runtime import Refused
 
 
@@ -27,13 +28,12 @@ def no_tpu_compiler(monkeypatch):
 
 @pytest.fixture(scope="module")
 def nt():
-    "The sizes of the Nucleotide Transformer with 2.5 billion weights. Arithmetic alone: its norms sit elsewhere than BERT's."
-    return dataclasses.replace(part.presets()["minilm"], vocab=4105, dim=2560, layers=32, heads=20, hidden=10240, positions=1002)
+    return PRESETS["nt-2.5b"]
 
 
 @pytest.fixture(scope="module")
 def tiny():
-    return dataclasses.replace(part.presets()["minilm"], vocab=1000, dim=128, layers=2, heads=2, hidden=256)
+    return dataclasses.replace(PRESETS["minilm"], vocab=1000, dim=128, layers=2, heads=2, hidden=256)
 
 
 def test_flops_of_a_known_model(nt):
@@ -60,6 +60,36 @@ def test_a_batch_is_a_multiple_of_the_devices(tiny):
     assert part.work(tiny, [100], 10_000, 512, "tpu", batch=13, devices=8).batch == 16
 
 
+def test_it_counts_the_batches_that_the_engine_lays_out():
+    import jax
+
+    from waystation.assets import resolve
+    from waystation.embedding.engine import open_model
+
+    folder = resolve("asset:kmer-random", "model").path
+    model, c = open_model(folder), part.read_config(folder)
+    lengths = np.random.default_rng(2).integers(3, model.recipe.max_tokens, 500)
+    laid = model.lay([np.full(n, 5, np.int32) for n in lengths], model.recipe.max_tokens)
+    w = part.work(c, lengths, 500, model.recipe.max_tokens, jax.default_backend(), devices=len(jax.devices()))
+    assert (w.slots, w.tokens, (w.batch, w.width)) == (laid.slots, lengths.sum(), laid.batches[0][0].shape)
+
+
+def test_the_program_is_the_one_that_embed_runs():
+    "Lowered by both to the same text, on the devices of this process."
+    import jax
+
+    from waystation.assets import resolve
+    from waystation.embedding.devices import spread
+    from waystation.embedding.engine import open_model
+
+    folder = resolve("asset:kmer-random", "model").path
+    run = open_model(folder).program
+    ours, arguments = part.program(part.read_config(folder), 8, 64, jax.devices())
+    theirs = spread(run.chips, run.f, 8).lower(run.weights, *arguments[1:])
+    text = theirs.as_text().replace('{"model"}', "{}")  # an axis of one chip, on which the engine lays weights by name
+    assert ours.lower(*arguments).as_text() == text
+
+
 def test_every_slice_has_its_chip():
     for s in SLICES.values():
         assert s.chip in CHIPS if s.chip else s.name == "cpu"
@@ -68,7 +98,7 @@ def test_every_slice_has_its_chip():
 
 
 def test_the_estimate_grows_where_it_should(tiny):
-    large = part.presets()["bge-large"]
+    large = PRESETS["bge-large"]
     small, more, wide = (part.estimate(large, *shape, 2) for shape in ((8, 128), (16, 128), (4, 2048)))
     assert small["weights"] == more["weights"] and more["widest_layer"] == 2 * small["widest_layer"]
     assert "attention_scores" in wide and "widest_layer" not in wide
@@ -112,6 +142,7 @@ def test_rows_of_a_source_by_the_models_own_tokenizer():
     (dict(lengths="9", source="x.csv"), "pass one of them"),
     (dict(source="x.csv"), "needs the model's tokenizer"),
     (dict(max_tokens=1024), "table of 512 positions"),
+    (dict(model="nt-2.5b", max_tokens=1002), "table of 1002 positions, the first at 2; use at most 1000"),
     (dict(station="train"), "station='train' has no preflight"),
 ], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_bad_input_is_refused_by_name(asked, says):
@@ -158,12 +189,12 @@ def test_jax_of_this_process_knows_nothing_of_a_tpu(tpu_compiler, tiny):
 def test_every_tpu_is_compiled_for(tpu_compiler, tiny, name):
     found = part.compiled(tiny, SLICES[name], 128, 16, search=False, say=print)
     assert found["fits"] is True and len(found["compiles"]) == 1
-    assert 0 < found["peak_gib"] < 0.1 and found["parts"]["weights_and_input"] > 0
+    assert 0 < found["peak_gib"] < 0.2 and found["parts"]["weights_and_input"] > 0
 
 
 @pytest.mark.slow
 def test_the_largest_batch_is_found(tpu_compiler):
-    found = part.compiled(part.presets()["bge-large"], SLICES["v5e-1"], 512, 1024, search=True, say=print)
+    found = part.compiled(PRESETS["bge-large"], SLICES["v5e-1"], 512, 1024, search=True, say=print)
     peaks = {a["rows"]: a["peak_gib"] for a in found["compiles"]}
     best = found["largest_batch"]
     assert peaks[best] <= 15.75 and all(p is None or p > 15.75 for rows, p in peaks.items() if rows > best)
