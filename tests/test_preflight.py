@@ -82,7 +82,7 @@ def test_the_program_is_the_one_that_embed_runs():
     from waystation.embedding.devices import spread
     from waystation.embedding.engine import open_model
 
-    folder = resolve("asset:kmer-random", "model").path
+    folder = resolve("asset:minilm", "model").path
     run = open_model(folder).program
     ours, arguments = part.program(part.read_config(folder), 8, 64, jax.devices())
     theirs = spread(run.chips, run.f, 8).lower(run.weights, *arguments[1:])
