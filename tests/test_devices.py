@@ -104,6 +104,29 @@ def test_rows_on_many_chips_are_those_of_one_and_no_chip_talks(on, n):
     assert not any(COLLECTIVE.search(text) for text in said["hlo"])
 
 
+LOWER = """if True:
+    import jax, jax.numpy as jnp
+    from flax import nnx
+    from waystation.embedding.devices import find_chips, spread
+    from waystation.embedding.encoder import Encoder, apart, attention_for
+    from waystation.embedding.models import Config, shapes
+    c = Config(vocab=50, dim=128, layers=2, heads=2, hidden=256, positions=128, eps=1e-6, pad=0, types=2)
+    ids = jax.ShapeDtypeStruct((8, 128), jnp.int32)
+    for kind in ('TPU v5 lite', 'TPU v3'):
+        encoder = nnx.eval_shape(lambda: Encoder(c, {n: jnp.zeros(s, jnp.bfloat16) for n, s in shapes(c).items()}, attention_for(kind)))
+        f, weights = apart(encoder, 'mean', True)
+        print(spread(find_chips(), f, 16).trace(weights, ids, ids, ids).lower(lowering_platforms=('tpu',)).as_text().count('tpu_custom_call'))
+"""
+
+
+@pytest.mark.parametrize("n", [1, 8])
+def test_the_flash_kernel_is_let_through_to_a_tpus_compiler(n):
+    "A kernel that is not told where its rows lie is refused there, and no CPU would notice; for that refusal no TPU is needed."
+    done = subprocess.run([sys.executable, "-c", LOWER], env=environment(n), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert [int(line) for line in done.stdout.split()] == [1, 0]  # one in the scanned layer; a v3 has the plain form
+
+
 def test_weights_shared_by_four_chips_give_the_same_vectors(on):
     one, said_one = on(1)
     shared, said = on(8, 4)

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['DTYPES', 'attend', 'norm', 'flash', 'attention_for', 'turn', 'buckets', 'relative', 'Encoder', 'embed', 'block',
-           'pool', 'precision_for', 'load', 'vectors', 'shrink', 'grow', 'storage_error']
+           'pool', 'precision_for', 'load', 'vectors', 'apart', 'shrink', 'grow', 'storage_error']
 
 # %% ../../nbs/embedding/21_encoder.ipynb #d7393d9f
 import functools
@@ -185,7 +185,7 @@ def load(
     ours = read_weights(c, Checkpoint(folder), jnp.dtype(dtype))
     return Encoder(c, {name: jnp.asarray(ours.pop(name)) for name in table(c)}, attention)  # pop: no second copy of it all on the host
 
-# %% ../../nbs/embedding/21_encoder.ipynb #c0060f8a
+# %% ../../nbs/embedding/21_encoder.ipynb #b3c0ec1c
 def vectors(
     encoder:Encoder, tokens_BT:jax.Array, positions_BT:jax.Array, segments_BT:jax.Array,
     segments:int,      # S: texts a row, at most
@@ -200,6 +200,16 @@ def vectors(
         x = pool(encoder(tokens_BT, positions_BT, segments_BT), positions_BT, segments_BT, segments, pooling)
     if dimensions: x = x[..., :dimensions]
     return x / jnp.maximum(jnp.linalg.norm(x, axis=-1, keepdims=True), 1e-12) if normalize else x
+
+def apart(
+    encoder:Encoder,   # Its weights may be shapes without content
+    pooling:str, normalize:bool, dimensions:int=0, # As for `vectors`
+) -> tuple[Callable[...,jax.Array],Any]: # (weights, tokens, positions, segments, S) -> [B, S, D], and the weights
+    "`vectors` as a function of weights and rows: what a compiler is given, before there is a chip or on one."
+    graph, weights = nnx.split(encoder)
+    def f(weights:Any, tokens_BT:jax.Array, positions_BT:jax.Array, segments_BT:jax.Array, segments:int) -> jax.Array:
+        return vectors(nnx.merge(graph, weights), tokens_BT, positions_BT, segments_BT, segments, pooling, normalize, dimensions)
+    return f, weights
 
 # %% ../../nbs/embedding/21_encoder.ipynb #55235fec
 DTYPES = ('float32', 'float16', 'int8')

@@ -7,7 +7,7 @@ __all__ = ['log', 'ENGINES', 'NO_TORCH', 'OURS', 'T', 'MOST', 'Laid', 'Model', '
            'kept_columns', 'Pieces', 'pieces', 'Shard', 'refuse_long', 'prepare', 'ahead', 'flow', 'write_shard',
            'read_shards', 'embed_rows', 'totals', 'embed_texts']
 
-# %% ../../nbs/embedding/23_engine.ipynb #7e53cdcf
+# %% ../../nbs/embedding/23_engine.ipynb #7140e558
 import contextlib, functools, json, logging, queue, shutil, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -17,14 +17,13 @@ from pathlib import Path
 from importlib.util import find_spec
 from typing import Any, TypeVar
 
-import jax, numpy as np
+import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
-from flax import nnx
 
 from .devices import Limit, Program, find_chips, on_host, out_of_memory, stream
-from .encoder import attend, attention_for, load, precision_for, shrink, storage_error, vectors
-from .models import Config, Recipe, read_recipe, table
-from .packing import WIDTHS, choose, lay
+from .encoder import apart, attend, attention_for, load, precision_for, shrink, storage_error
+from .models import Config, Recipe, operations, read_recipe, table
+from .packing import batching, choose, lay
 from .reuse import Earlier, take, text_hashes
 from .tokens import Tokenizer, prompted, read_tokenizer
 from ..monitor import Monitor, progress
@@ -87,7 +86,7 @@ class Model:
         lists = dict(compiled=self.program.shapes if self.program else [], out_of_memory=self.limit.events)
         return {k: v[(since or {}).get(k, 0):] for k, v in lists.items()}, {k: len(v) for k, v in lists.items()}
 
-# %% ../../nbs/embedding/23_engine.ipynb #0c6d3263
+# %% ../../nbs/embedding/23_engine.ipynb #fe5ef60b
 def _jax(folder:Path, recipe:Recipe, device:str, tensor:int) -> dict[str,Any]:
     "Packed rows, compiled on first use."
     chips = find_chips(device, tensor)
@@ -95,17 +94,12 @@ def _jax(folder:Path, recipe:Recipe, device:str, tensor:int) -> dict[str,Any]:
     dtype = precision_for(kind)
     # the kernels of `attention_for` compute whole heads on one chip
     with on_host(): encoder = load(folder, dtype, attention_for(kind.device_kind) if tensor == 1 else attend)
-    graph, weights = nnx.split(encoder)
-    def vectors_of(weights:Any, tokens:jax.Array, positions:jax.Array, segments:jax.Array, n:int) -> jax.Array:
-        return vectors(nnx.merge(graph, weights), tokens, positions, segments, n, recipe.pooling, recipe.normalize, recipe.dimensions)
-    program, c = Program(chips, vectors_of, weights, {name: axes for name, (axes, _) in table(encoder.config).items()}), encoder.config
+    f, weights = apart(encoder, recipe.pooling, recipe.normalize, recipe.dimensions)
+    program, c = Program(chips, f, weights, {name: axes for name, (axes, _) in table(encoder.config).items()}), encoder.config
     limit = program.kept.limit
-    # A CPU is busy with 2,048 slots, and smaller batches waste less at a shard's end; an accelerator needs more at once, in tiles of 128.
-    # More chips do not make the batch larger until each has 4,096 slots: a shard must fill it.
-    most, grain = (2048, 16) if chips.kind == 'cpu' else (max(32768, 4096 * chips.data), 128)
     def lay_out(texts:list[np.ndarray], usual:int) -> Laid:
-        widths = sorted({*WIDTHS, -(-usual // grain) * grain})
-        packed, size = choose([len(t) for t in texts], most, 8 * c.dim**2 + 4 * c.dim * c.hidden, 4 * c.dim, widths, limit.multiple)
+        most, widths = batching(chips.kind, usual, chips.data)
+        packed, size = choose([len(t) for t in texts], most, *operations(c), widths, chips.data)
         rows = lay(packed, texts, c.pad, size)
         parts = [[r[k:k + size] for r in rows] for k in range(0, len(rows[0]), size)]
         tokens = [int((segments > 0).sum()) for _, _, segments in parts]

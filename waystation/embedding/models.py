@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ONLY', 'POSITIONS', 'SIZES', 'PRESETS', 'TABLES', 'LINEAR', 'IGNORED', 'FLOAT32', 'POOLINGS', 'Config', 'read_config',
-           'table', 'shapes', 'Checkpoint', 'read_weights', 'Recipe', 'query_prompt', 'read_recipe']
+           'table', 'shapes', 'operations', 'Checkpoint', 'read_weights', 'Recipe', 'query_prompt', 'read_recipe']
 
-# %% ../../nbs/embedding/20_models.ipynb #1fdf0f99
-import json, re
+# %% ../../nbs/embedding/20_models.ipynb #e30057e9
+import json, math, re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -154,6 +154,12 @@ def shapes(
     size = dict(V=c.vocab, P=c.positions, Y=c.types, D=c.dim, L=c.layers, N=c.heads, H=wide, R=wide//2, F=c.hidden, G=c.hidden*(1 + c.gated), K=c.buckets)
     size['3'] = 3
     return {name: tuple(size[a] for a in (axes.replace('NH', 'D') if joined else axes)) for name, (axes, _) in table(c).items()}
+
+# %% ../../nbs/embedding/20_models.ipynb #1a69ac70
+def operations(c:Config) -> tuple[int,int]: # A slot in the linear layers, and a pair of slots in attention
+    "What one pass computes. Norms, softmax and pooling are left out."
+    size = shapes(c)
+    return 2*sum(math.prod(size[name]) for name in ('qkv', 'out', 'up', 'down')), 4*c.layers*c.dim
 
 # %% ../../nbs/embedding/20_models.ipynb #afee5608
 class Checkpoint(Mapping[str,np.ndarray]):

@@ -1,0 +1,208 @@
+"""Before a chip is rented: the arithmetic, the estimate, what is refused, and the TPU's own compiler where it is installed."""
+
+import dataclasses
+import os
+import signal
+from importlib.util import find_spec
+
+import numpy as np
+import psutil
+import pytest
+
+from waystation.chips import CHIPS, SLICES
+from waystation.embedding import preflight as part
+from waystation.embedding.models import PRESETS
+from waystation.runtime import Refused
+
+
+@pytest.fixture
+def tpu_compiler():
+    if find_spec("libtpu") is None:
+        pytest.skip("NOT CHECKED: libtpu is not installed; pip install 'waystation[tpu]'")
+
+
+@pytest.fixture
+def no_tpu_compiler(monkeypatch):
+    monkeypatch.setattr(part, "find_spec", lambda name: None)
+
+
+@pytest.fixture(scope="module")
+def nt():
+    return PRESETS["nt-2.5b"]
+
+
+@pytest.fixture(scope="module")
+def tiny():
+    return dataclasses.replace(PRESETS["minilm"], vocab=1000, dim=128, layers=2, heads=2, hidden=256)
+
+
+def test_flops_of_a_known_model(nt):
+    assert round(part.flops(nt, 1024, 1024) / 1e12, 2) == 5.50
+    assert part.flops(nt, 2048, 1024) == 2 * part.flops(nt, 1024, 1024)
+
+
+def test_one_text_a_row_costs_as_much_as_the_formula_says(nt):
+    w = part.work(nt, [1000], 5000, 1000, "cpu", batch=8)
+    assert (w.width, w.batch, w.tokens) == (1008, 8, 5_000_000)
+    assert w.slots == 5000 * 1008 and w.flops == part.flops(nt, w.slots, 1008)  # 1024 rows a shard divide by 8
+    assert w.padded == part.flops(nt, 5_000_000, 1000)
+
+
+def test_work_grows_with_rows_and_not_with_the_sample(tiny):
+    lengths = np.random.default_rng(1).integers(5, 200, 20_000)
+    a, b, few = (part.work(tiny, lengths, n, 256, "tpu") for n in (10_000, 1_000_000, 300))
+    assert b.slots == pytest.approx(100 * a.slots, rel=1e-6) and b.tokens == pytest.approx(lengths.mean() * 1e6, rel=0.03)
+    assert few.rows == 300 and few.slots >= few.tokens
+    assert part.work(tiny, [300] * 10, 10, 256, "tpu").tokens == 2560  # over the limit: cut, as embed does
+
+
+def test_a_batch_is_a_multiple_of_the_devices(tiny):
+    assert part.work(tiny, [100], 10_000, 512, "tpu", batch=13, devices=8).batch == 16
+
+
+def test_it_counts_the_batches_that_the_engine_lays_out():
+    import jax
+
+    from waystation.assets import resolve
+    from waystation.embedding.engine import open_model
+
+    folder = resolve("asset:kmer-random", "model").path
+    model, c = open_model(folder), part.read_config(folder)
+    lengths = np.random.default_rng(2).integers(3, model.recipe.max_tokens, 500)
+    laid = model.lay([np.full(n, 5, np.int32) for n in lengths], model.recipe.max_tokens)
+    w = part.work(c, lengths, 500, model.recipe.max_tokens, jax.default_backend(), devices=len(jax.devices()))
+    assert (w.slots, w.tokens, (w.batch, w.width)) == (laid.slots, lengths.sum(), laid.batches[0][0].shape)
+
+
+def test_the_program_is_the_one_that_embed_runs():
+    "Lowered by both to the same text, on the devices of this process."
+    import jax
+
+    from waystation.assets import resolve
+    from waystation.embedding.devices import spread
+    from waystation.embedding.engine import open_model
+
+    folder = resolve("asset:minilm", "model").path
+    run = open_model(folder).program
+    ours, arguments = part.program(part.read_config(folder), 8, 64, jax.devices())
+    theirs = spread(run.chips, run.f, 8).lower(run.weights, *arguments[1:])
+    text = theirs.as_text().replace('{"model"}', "{}")  # an axis of one chip, on which the engine lays weights by name
+    assert ours.lower(*arguments).as_text() == text
+
+
+def test_every_slice_has_its_chip():
+    for s in SLICES.values():
+        assert s.chip in CHIPS if s.chip else s.name == "cpu"
+        assert bool(s.topology) == s.name.startswith("v")
+    assert sum(s.memory_gb * s.devices for s in [SLICES["v3-8"], SLICES["v4-8"]]) == 256
+
+
+def test_the_estimate_grows_where_it_should(tiny):
+    large = PRESETS["bge-large"]
+    small, more, wide = (part.estimate(large, *shape, 2) for shape in ((8, 128), (16, 128), (4, 2048)))
+    assert small["weights"] == more["weights"] and more["widest_layer"] == 2 * small["widest_layer"]
+    assert "attention_scores" in wide and "widest_layer" not in wide
+    n = part.estimated(large, SLICES["t4"], 128, 8)["largest_batch"]
+    assert part.estimated(large, SLICES["t4"], 128, n)["fits"] and not part.estimated(large, SLICES["t4"], 128, n + 1)["fits"]
+
+
+def test_exit_codes_and_json(cli):
+    assert "chip='v7' is not known" in cli("preflight", "--rows", "10", "--chip", "v7", code=2)
+    asked = ("preflight", "--model", "bge-large", "--chip", "t4", "--rows", "1000000", "--lengths", "300", "--json")
+    good, bad = cli(*asked), cli(*asked, "--batch", "4096", code=4)
+    assert (good["fits"], bad["fits"], good["cost"]) == (True, False, None)
+    assert "estimate" in good["how"] and "assumed" in good["text"] and "set `t4 = …`" in good["text"]
+    assert good["hours"] == pytest.approx(good["flops"] / (65e12 * 0.4) / 3600)
+    assert good["sessions"] == 1 and good["hours_if_padded"] > good["hours"]
+
+
+def test_the_users_own_price(tmp_path, monkeypatch):
+    (tmp_path / "settings.ini").write_text("[prices]\nt4 = 0.35\n")
+    monkeypatch.chdir(tmp_path)
+    found = part.preflight(model="minilm", chip="t4", rows=10**9, lengths="100", session_hours=2.0)
+    assert found["cost"] == pytest.approx(0.35 * found["hours"])
+    assert found["sessions"] == -(-found["hours"] // 2) > 1
+
+
+def test_rows_of_a_source_by_the_models_own_tokenizer():
+    found = part.preflight(model="asset:minilm", chip="l4", rows=698, source="asset:banking")
+    assert found["fits"] and 100 < found["tokens"] / 698 <= 256
+
+
+@pytest.mark.parametrize("asked, says", [
+    (dict(chip="v7"), "chip='v7' is not known; there are v5e-1, v5e-8"),
+    (dict(model="asset:nothing"), "asset:nothing is not a packaged asset"),
+    (dict(model="bert-huge"), "preflight also knows the sizes of minilm"),
+    (dict(rows=0), "rows=0; say how many"),
+    (dict(batch=-1), "batch=-1; use 0"),
+    (dict(utilisation=40.0), "use more than 0 and at most 1"),
+    (dict(session_hours=0.0), "use the hours that a session lasts"),
+    (dict(lengths="nothing.txt"), "lengths file nothing.txt cannot be read"),
+    (dict(lengths="0"), "every row has at least 1 token"),
+    (dict(lengths="9", source="x.csv"), "pass one of them"),
+    (dict(source="x.csv"), "needs the model's tokenizer"),
+    (dict(max_tokens=1024), "table of 512 positions"),
+    (dict(model="nt-2.5b", max_tokens=1002), "table of 1002 positions, the first at 2; use at most 1000"),
+    (dict(station="train"), "station='train' has no preflight"),
+], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
+def test_bad_input_is_refused_by_name(asked, says):
+    with pytest.raises(Refused) as e:
+        part.preflight(**(dict(model="minilm", chip="t4", rows=10) | asked))
+    assert says in str(e.value)
+
+
+def test_without_the_compiler_it_says_what_it_cannot_answer(no_tpu_compiler):
+    found = part.preflight(model="minilm", chip="v5e-1", rows=1000, lengths="100")
+    assert (found["fits"], found["peak_gib"], found["exit"]) == (None, None, 4)
+    assert "NOT CHECKED whether it fits" in found["text"] and "pip install 'waystation[tpu]'" in found["text"]
+    assert found["hours"] > 0
+
+
+def test_the_child_has_its_own_environment(monkeypatch):
+    for name in ("TPU_WORKER_HOSTNAMES", "TPU_NAME", "XLA_FLAGS", "JAX_PLATFORMS", "LIBTPU_INIT_ARGS"):
+        monkeypatch.setenv(name, "mine")
+    before = dict(os.environ)
+    child = part._environment()
+    assert "mine" not in child.values() and child["JAX_PLATFORMS"] == "cpu" and "TPU_NAME" not in child
+    assert dict(os.environ) == before
+
+
+def test_a_compiler_that_dies_is_a_sentence(tiny):
+    "Killed while it starts; no compiler is needed for that."
+    with pytest.raises(Refused, match="the TPU compiler for v5e-1 ended with code -9 on a batch of 8 rows"):
+        with part.compiler(tiny, SLICES["v5e-1"], 128) as ask:
+            (child,) = psutil.Process().children()
+            child.send_signal(signal.SIGKILL)
+            ask(8)
+    assert not psutil.Process().children()
+
+
+def test_jax_of_this_process_knows_nothing_of_a_tpu(tpu_compiler, tiny):
+    import jax
+
+    found = part.compiled(tiny, SLICES["v5e-1"], 128, 8, search=False, say=print)
+    assert found["fits"] and {d.platform for d in jax.devices()} == {"cpu"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [n for n, s in SLICES.items() if s.topology])
+def test_every_tpu_is_compiled_for(tpu_compiler, tiny, name):
+    found = part.compiled(tiny, SLICES[name], 128, 16, search=False, say=print)
+    assert found["fits"] is True and len(found["compiles"]) == 1
+    assert 0 < found["peak_gib"] < 0.2 and found["parts"]["weights_and_input"] > 0
+
+
+@pytest.mark.slow
+def test_the_largest_batch_is_found(tpu_compiler):
+    found = part.compiled(PRESETS["bge-large"], SLICES["v5e-1"], 512, 1024, search=True, say=print)
+    peaks = {a["rows"]: a["peak_gib"] for a in found["compiles"]}
+    best = found["largest_batch"]
+    assert peaks[best] <= 15.75 and all(p is None or p > 15.75 for rows, p in peaks.items() if rows > best)
+    assert len(peaks) <= 7, peaks
+
+
+@pytest.mark.slow
+def test_too_large_is_refused_by_the_compiler_and_the_command_says_so(tpu_compiler, cli):
+    found = cli("preflight", "--model", "bge-large", "--chip", "v5e-1", "--rows", "100000", "--batch", "4096", "--json", code=4)
+    assert (found["fits"], found["peak_gib"], found["limit_gib"]) == (False, None, 15.75) and found["needs_gib"] > 15.75
+    assert "does not fit" in found["text"] and len(found["compiles"]) == 1
