@@ -136,7 +136,7 @@ def crew_for(
     if not each: raise Refused("the Ray cluster has no CPU to give to a worker; see `ray status`")
     return sum(c // each for c in cpus), dict(num_cpus=each)
 
-# %% ../../nbs/embedding/25_workers.ipynb #5292acb5
+# %% ../../nbs/embedding/25_workers.ipynb #b2d00911
 @contextlib.contextmanager
 def cluster() -> Iterator[Any]: # The module `ray`, connected
     "The cluster of this session, of RAY_ADDRESS or of this machine; without any, one of our own that ends with us."
@@ -148,8 +148,9 @@ def cluster() -> Iterator[Any]: # The module `ray`, connected
     before = signal.getsignal(signal.SIGTERM)
     try: ray.init(include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
     except (ConnectionError, RuntimeError, ValueError) as e:
-        raise Refused(f"no Ray cluster at RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r} ({str(e).strip().splitlines()[0][:200]}); "
-                      "start one with `ray start --head`, or unset RAY_ADDRESS for one of this machine") from e
+        said = re.findall(r'^\S*Error: .*', str(e.__cause__), re.M) or str(e).strip().splitlines()  # a traceback is in its text
+        raise Refused(f"RAY_ADDRESS={os.environ.get('RAY_ADDRESS', '')!r} is no Ray cluster that takes us in ({said[-1][:200]}); start one with "
+                      "`ray start --head`, see to RAY_AUTH_MODE and its token if it has one, or unset RAY_ADDRESS for a cluster of this machine") from e
     finally:
         if main: signal.signal(signal.SIGTERM, before)  # Ray puts its own in place, and a spot machine's notice would not end the run cleanly
     try: yield ray
