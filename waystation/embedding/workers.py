@@ -156,7 +156,7 @@ def cluster() -> Iterator[Any]: # The module `ray`, connected
     try: yield ray
     finally: ray.shutdown()
 
-# %% ../../nbs/embedding/25_workers.ipynb #2dc5623d
+# %% ../../nbs/embedding/25_workers.ipynb #a57f7d7f
 class Crew:
     "The workers of one run."
     def __init__(self,
@@ -191,7 +191,7 @@ class Crew:
     def next(self) -> tuple[Any,str|list[int],Any,str]: # Worker, what it did, the answer, how it died ('': it lives)
         "Wait for any worker."
         told = False
-        while not (done := self.ray.wait(list(self.busy), num_returns=1, timeout=30)[0]):
+        while not (done := self._wait()):
             if not told and all(what == 'hello' for _, what in self.busy.values()):
                 log.warning('no worker has started yet: the Ray cluster is busy, or waystation loads slowly there; waiting. `ray status` shows what is free')
                 told = True
@@ -199,6 +199,10 @@ class Crew:
         try: return worker, what, self.ray.get(done[0]), ''
         except self.ray.exceptions.RayTaskError as e: raise e.cause from None  # the worker's own error, a Refused above all
         except self.ray.exceptions.RayError as e: return worker, what, None, str(e)
+
+    def _wait(self) -> list[Any]:
+        try: return self.ray.wait(list(self.busy), num_returns=1, timeout=30)[0]
+        except SystemError as e: raise (e.__cause__ or e) from None  # what a signal's handler raised in there: Interrupted
 
     def dismiss(self) -> None:
         "End all workers."
