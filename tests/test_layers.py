@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "waystation"
-HEAVY = ["torch", "jax", "flax", "lancedb", "lance", "transformers", "datasets", "pandas", "wandb", "papermill", "matplotlib", "duckdb"]
+HEAVY = ["torch", "jax", "flax", "lancedb", "lance", "transformers", "datasets", "pandas", "wandb", "papermill", "matplotlib", "duckdb", "ray"]
 
 
 @functools.cache

@@ -6,7 +6,7 @@
 __all__ = ['log', 'HOW', 'INPUTS', 'MOVES', 'locate', 'identity', 'difference', 'Shards', 'read_report', 'Job', 'begin',
            'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe']
 
-# %% ../nbs/09_recipe.ipynb #e042c833
+# %% ../nbs/09_recipe.ipynb #286dfc18
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator
 from importlib.metadata import version
@@ -17,16 +17,16 @@ import yaml
 
 from .assets import Located, local_copy, resolve
 from .runtime import Interrupted, Refused, cache, host_memory, packaged, settings
-from .lease import Lease
+from .lease import Held, Lease
 from .rows import changes
 from .seal import Seal, check_name, plain
 from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #d1427304
+# %% ../nbs/09_recipe.ipynb #0c0d1183
 # Parameters that say how a step is run, not what it computes.
-HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
+HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'workers', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
 INPUTS = ('model', 'data', 'eval_data', 'source', 'metadata', 'questions')
 MOVES = ('source', 'source (content)', 'limit')  # What may differ under `update`: which rows there are, not what is made of one
 
@@ -101,9 +101,11 @@ def read_report(
     report = store.read(f'{base}/report').meta
     return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
-# %% ../nbs/09_recipe.ipynb #8b5ccd66
+# %% ../nbs/09_recipe.ipynb #89d0a4f5
 class Job:
     "One attempt at one step of a run, with the right to write it."
+    lease:Lease|Held
+
     def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease):
         self.station, self.params, self.store, self.lease = station, params, store, lease
         self.run, self.step, self.started = params['run'], params['step'], time.time()
@@ -214,11 +216,15 @@ class Job:
     ) -> str:                    # `name`
         "Commit files under a name of their own, if this process is still the run's writer."
         self.check()
-        if self._new:  # only now is there something that other parameters must not be mixed with: a mistyped first try binds nobody
-            begun = self.store.seal(self.found if self.found.is_dir() else None, f'{self.base}/begun', self._new).name
-            self.store.refer(f'runs/{self.run}/{self.step}', begun)
-            self._new = {}
+        self.record()
         return self.store.seal(folder, name, meta, self.lease.check).name
+
+    def record(self) -> None:
+        "Seal what this attempt is: right before its first result, so that a mistyped first try binds nobody."
+        if not self._new: return
+        begun = self.store.seal(self.found if self.found.is_dir() else None, f'{self.base}/begun', self._new).name
+        self.store.refer(f'runs/{self.run}/{self.step}', begun)
+        self._new = {}
 
     def note(self, kind:str, meta:dict) -> dict:
         "Seal some JSON, and return it as it was sealed."

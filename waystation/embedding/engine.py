@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['log', 'ENGINES', 'NO_TORCH', 'OURS', 'T', 'MOST', 'Laid', 'Model', 'in_order', 'open_model', 'chunks', 'Cut',
            'kept_columns', 'Pieces', 'pieces', 'Shard', 'refuse_long', 'prepare', 'ahead', 'flow', 'write_shard',
-           'read_shards', 'embed_rows', 'totals', 'embed_texts']
+           'read_shards', 'seal_shards', 'collect', 'embed_rows', 'totals', 'embed_texts']
 
 # %% ../../nbs/embedding/23_engine.ipynb #7140e558
 import contextlib, functools, json, logging, queue, shutil, threading, time
@@ -33,7 +33,7 @@ from ..runtime import Refused, host_memory
 
 log = logging.getLogger('waystation')
 
-# %% ../../nbs/embedding/23_engine.ipynb #f964d3f5
+# %% ../../nbs/embedding/23_engine.ipynb #47028a16
 @dataclass(frozen=True)
 class Laid:
     "Texts in batches, and where to find the vector of each in what comes back."
@@ -69,7 +69,7 @@ class Model:
         "What a report says of it; `weights` is what config.json says of untrained ones."
         weights = json.loads((self.folder/'config.json').read_text(encoding='utf-8')).get('weights', '')
         r = self.recipe
-        return dict(weights=weights, dim=r.dimensions, pooling=r.pooling, normalized=r.normalize, max_tokens=r.max_tokens, **self.chips)
+        return dict(weights=weights, dim=r.dimensions, prompt=r.prompt, pooling=r.pooling, normalized=r.normalize, max_tokens=r.max_tokens, **self.chips)
 
     @property
     def maker(self) -> dict[str,str]:
@@ -455,7 +455,55 @@ def read_shards(
                 waiting = both.slice(size).to_batches()
         if waiting: yield (number := wanted.popleft()), _whole(pa.Table.from_batches(waiting), number)
 
-# %% ../../nbs/embedding/23_engine.ipynb #2829cd1d
+# %% ../../nbs/embedding/23_engine.ipynb #aa4722d0
+def seal_shards(
+    job:Job,
+    rows:Rows,
+    scan:Scan,         # Of `rows`
+    model:Model,
+    cut:Cut,
+    shard_rows:int,    # Source rows a shard
+    dtype:str,         # 'float32' or 'float16': how vectors are kept
+    why:str,           # Why this model's engine computes
+    numbers:Sequence[int], # Shards to compute, ascending
+) -> Generator[tuple[int,dict[str,Any]],None,None]: # Number, and what its seal says
+    "Compute shards, sealing each when it is done."
+    earlier = Earlier(job) if numbers and job.earlier else None
+    work = (prepare(model, i, i * shard_rows, batch, cut, scan.duplicates, earlier) for i, batch in read_shards(rows, numbers, shard_rows))
+    # closing: whatever happens here, the thread has ended before another process may write this run
+    with contextlib.closing(ahead(work)) as prepared, contextlib.closing(flow(model, prepared)) as computed:
+        since, (_, told) = time.monotonic(), model.news()
+        for shard, y in computed:
+            folder = job.work/f'shard-{shard.number}'
+            meta = write_shard(folder, shard, y, dtype) | dict(made=model.maker | dict(why=why), rows_before=len(earlier) if earlier else 0)
+            meta['seconds'], since = round(time.monotonic() - since, 3), time.monotonic()
+            new, told = model.news(told)
+            meta |= {k: v for k, v in new.items() if v}  # while later batches are under way: in the shard during which it happened
+            job.seal(folder, 'shards', shard.number, meta)
+            if model.program: model.program.kept.keep(job.store)  # not at the end: a borrowed machine may not see it
+            shutil.rmtree(folder)
+            yield shard.number, meta
+
+# %% ../../nbs/embedding/23_engine.ipynb #8bf90d12
+def collect(
+    job:Job,
+    scan:Scan,
+    cut:Cut,
+    shard_rows:int,    # Source rows a shard
+    compute:Callable[[list[int]],Generator[tuple[int,dict[str,Any]],None,None]], # Shards to seal -> those sealed, as they come
+) -> dict[str,Any]:    # Totals over all shards, those found included
+    "Have every shard sealed that is not, and sum up."
+    metas = {int(name.rsplit('/', 1)[1]): job.store.read(name).meta for name in job.names('shards')}
+    found, todo = len(metas), [i for i in range(-(-scan.n_rows // shard_rows)) if i not in metas]
+    log.info('%d shards are sealed already, %d to compute', found, len(todo))
+    done = sum(m['source_rows'] for m in metas.values())
+    with progress(scan.n_rows, 'embed', 'row', done) as bar, Monitor(job, job.params) as mon, contextlib.closing(compute(todo)) as sealed:
+        for number, meta in sealed:
+            metas[number] = meta
+            bar.update(meta['source_rows'])
+            mon.log(_figures(meta), step=number)
+    return totals(metas.values(), cut) | dict(shards_found=found, shards_computed=len(todo))
+
 def embed_rows(
     job:Job,
     rows:Rows,
@@ -465,33 +513,10 @@ def embed_rows(
     shard_rows:int,    # Source rows a shard
     dtype:str,         # 'float32', 'float16' or 'int8': how vectors are kept
     why:str='asked for', # Why this model's engine computes
-) -> dict[str,Any]:    # Totals over all shards, those found included
-    "Embed every shard that is not sealed yet, sealing each when it is done."
-    made = model.maker | dict(why=why)
-    metas = {int(name.rsplit('/', 1)[1]): job.store.read(name).meta for name in job.names('shards')}
-    found, todo = len(metas), [i for i in range(-(-scan.n_rows // shard_rows)) if i not in metas]
-    log.info('%d shards are sealed already, %d to compute', found, len(todo))
-    if model.program and todo: model.program.kept.fetch(job.store)
-    earlier = Earlier(job) if todo and job.earlier else None
-    work = (prepare(model, i, i * shard_rows, batch, cut, scan.duplicates, earlier) for i, batch in read_shards(rows, todo, shard_rows))
-    done = sum(m['source_rows'] for m in metas.values())
-    # closing: whatever happens here, the thread has ended before another process may write this run
-    with (progress(scan.n_rows, 'embed', 'row', done) as bar, Monitor(job, job.params) as mon,
-          contextlib.closing(ahead(work)) as prepared, contextlib.closing(flow(model, prepared)) as computed):
-        since, (_, told) = time.monotonic(), model.news()
-        for shard, y in computed:
-            folder = job.work/f'shard-{shard.number}'
-            meta = write_shard(folder, shard, y, dtype) | dict(made=made, rows_before=len(earlier) if earlier else 0)
-            meta['seconds'], since = round(time.monotonic() - since, 3), time.monotonic()
-            new, told = model.news(told)
-            meta |= {k: v for k, v in new.items() if v}  # while later batches are under way: in the shard during which it happened
-            job.seal(folder, 'shards', shard.number, meta)
-            if model.program: model.program.kept.keep(job.store)  # not at the end: a borrowed machine may not see it
-            shutil.rmtree(folder)
-            metas[shard.number] = meta
-            bar.update(shard.source_rows)
-            mon.log(_figures(meta), step=shard.number)
-    return totals(metas.values(), cut) | dict(shards_found=found, shards_computed=len(todo))
+) -> dict[str,Any]:    # As `collect`
+    "Embed every shard that is not sealed yet, in this process."
+    if model.program: model.program.kept.fetch(job.store)
+    return collect(job, scan, cut, shard_rows, functools.partial(seal_shards, job, rows, scan, model, cut, shard_rows, dtype, why))
 
 # %% ../../nbs/embedding/23_engine.ipynb #cee38b16
 def _figures(meta:Mapping[str,Any]) -> dict[str,float]:

@@ -5,24 +5,24 @@
 # %% auto #0
 __all__ = ['check', 'embed']
 
-# %% ../../nbs/stations/3_embed.ipynb #7cd21556
-from functools import partial
+# %% ../../nbs/stations/3_embed.ipynb #b2cccfe0
 from typing import Any
 
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/3_embed.ipynb #09947928
-def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, shard_rows:int, limit:int) -> None:
+# %% ../../nbs/stations/3_embed.ipynb #78199613
+def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, workers:str, shard_rows:int, limit:int) -> None:
     "Refuse what is wrong with the arguments alone."
     if not model or not source: raise Refused(f"model={model!r}, source={source!r}: embed needs both; name a path, store:NAME, asset:NAME or a hub id")
     if engine not in ('auto', 'jax', 'torch'): raise Refused(f"engine={engine!r} does not exist; use 'auto' (the faster one here), 'jax' or 'torch'")
     if dtype not in ('float32', 'float16', 'int8'): raise Refused(f"dtype={dtype!r}: vectors are kept as 'float32', 'float16' or 'int8'")
     if on_duplicate not in ('error', 'first'): raise Refused(f"on_duplicate={on_duplicate!r}; use 'error', or 'first' to set later rows aside")
+    if workers not in ('local', 'ray'): raise Refused(f"workers={workers!r}; use 'local' (this process), or 'ray' (the machines of a Ray cluster)")
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #f661da17
+# %% ../../nbs/stations/3_embed.ipynb #7e72c034
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -50,25 +50,28 @@ def embed(
     engine:str='auto',            # What computes: jax, torch, or auto (the faster one on these rows)
     device:str='',                # tpu, gpu or cpu; '': the first that is there
     tensor:int=1,                 # Chips that share one copy of the weights
+    workers:str='local',          # Who computes: local (this process), or ray (the machines of a Ray cluster)
 ) -> dict[str,Any]:               # The report: rows, quarantined, shards, shards_at, dim, tokens, fill, …
     "Embed the rows of `source` into sealed shards of vectors."
     params = dict(locals())
-    check(model, source, engine, dtype, on_duplicate, shard_rows, limit)
-    try: from waystation.embedding.choice import check_device, settle
+    check(model, source, engine, dtype, on_duplicate, workers, shard_rows, limit)
+    try: from waystation.embedding.choice import check_device, settle, tell
     except ImportError as e: raise Refused(f"embed needs {e.name}; pip install 'waystation[embed]'") from e
-    from waystation.embedding.engine import Cut, embed_rows, kept_columns, open_model
-    from waystation.rows import Rows, Scan
-    cut, kept = Cut(chunk_tokens, chunk_overlap, on_long), kept_columns(keep, id, text)
+    from waystation.embedding.engine import embed_rows
+    from waystation.embedding.workers import embed_with_workers, wanted
+    from waystation.rows import Scan
     with begin('embed', params) as job:
         if job.report: return job.report
-        check_device(engine, device, tensor)
-        rows, before = Rows(job.inputs['source'].rows, id, text, kept, limit), job.kept('scan.json')
+        if workers == 'local': check_device(engine, device, tensor)
+        elif job.earlier: raise Refused("workers='ray' does not take over earlier vectors; use workers='local' with update: new rows are few, as a rule")
+        (rows, cut, opened), before = wanted(job), job.kept('scan.json')
         scan = rows.scan(on_duplicate, Scan.load(before) if before else None)
-        opened = partial(open_model, job.inputs['model'].path, pooling, max_tokens, dimensions, prompt, device=device, tensor=tensor)
-        m, why = settle(job, rows, scan, opened, cut, dtype, engine)
         scan.save(job.found)
-        done = embed_rows(job, rows, scan, m, cut, shard_rows, dtype, why)
-        return job.finish(done | m.about | dict(
-            shards_at=f'{job.base}/shards', dtype=dtype, dimensions=dimensions, prompt=m.recipe.prompt,
-            model=model, model_fingerprint=job.inputs['model'].fingerprint,
+        if workers == 'ray': done, about = embed_with_workers(job, scan, engine)
+        else:
+            m, why = settle(job, rows, scan, opened, cut, dtype, engine)
+            tell(m.maker, why)
+            done, about = embed_rows(job, rows, scan, m, cut, shard_rows, dtype, why), m.about
+        return job.finish(done | about | dict(
+            shards_at=f'{job.base}/shards', dtype=dtype, dimensions=dimensions, model=model, model_fingerprint=job.inputs['model'].fingerprint,
             source=source, source_fingerprint=scan.fingerprint))
