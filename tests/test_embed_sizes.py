@@ -1,0 +1,55 @@
+"""Memory and the time of a shard do not grow with the number of rows: `embed` of a tiny encoder over three sizes, each in a process of its own.
+
+`make prove` takes 10,000, 100,000 and 1,000,000 rows.
+"""
+
+import json
+import os
+import statistics
+import subprocess
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from proving import PROVE, note
+
+pytestmark = pytest.mark.slow
+SIZES = (10_000, 100_000, 1_000_000) if PROVE else (10_000, 20_000, 40_000)
+CHILD = """if True:
+    import json, re, sys
+    from waystation.stations.embed import embed
+    from waystation.store import Store
+    report = embed(run="r", store=sys.argv[2], source=sys.argv[1], model="asset:kmer-random", engine=sys.argv[3], shard_rows=1000)
+    store = Store(sys.argv[2])
+    seconds = [store.read(n).meta["seconds"] for n in store.list(report["shards_at"])]
+    peak = int(re.search(r"VmHWM:\\s+(\\d+)", open("/proc/self/status").read())[1]) / 1024  # MB; ru_maxrss would have the parent's in it
+    print(json.dumps(dict(rows=report["rows"], peak=peak, seconds=seconds)))
+"""
+
+
+@pytest.mark.parametrize("engine", ["torch", "jax"])
+def test_memory_and_time_a_shard_stay_flat(engine, tmp_path):
+    found, rng = {}, np.random.default_rng(0)
+    for n in SIZES:
+        source = tmp_path / f"{n}.parquet"
+        with pq.ParquetWriter(source, pa.schema(dict(id=pa.string(), text=pa.string()))) as out:
+            for a in range(0, n, 100_000):
+                m = min(100_000, n - a)
+                letters = rng.choice(np.frombuffer(b"ACGT", np.uint8), (m, 60)).tobytes().decode()
+                texts = [letters[60 * i:60 * i + 12 + (a + i) % 48] for i in range(m)]
+                out.write_table(pa.table(dict(id=[str(a + i) for i in range(m)], text=texts)), row_group_size=m)
+        env = os.environ | {"WAYSTATION_WANDB_MODE": "disabled", "WAYSTATION_CACHE": str(tmp_path / f"cache{n}"), "OMP_NUM_THREADS": "1"}
+        done = subprocess.run([sys.executable, "-c", CHILD, source, tmp_path / f"store{n}", engine], env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr[-3000:]
+        found[n] = json.loads(done.stdout)
+        assert found[n]["rows"] == n
+    peaks = [f["peak"] for f in found.values()]
+    last = found[SIZES[-1]]["seconds"]
+    third = len(last) // 3
+    growth = statistics.median(last[-third:]) / statistics.median(last[1:third + 1])
+    note("memory and time of embed", engine, rows=list(SIZES), peak_mb=[round(p) for p in peaks], last_third_over_first=round(growth, 2))
+    print(peaks, growth)
+    assert max(peaks) <= 1.1 * min(peaks), peaks
+    assert growth < 1.5
