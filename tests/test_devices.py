@@ -242,7 +242,7 @@ def test_what_did_not_fit_is_in_the_report_and_in_the_next_run(kmer, rows, tmp_p
     open_model.cache_clear()
     real = open_model(kmer)
     chip = Small(real, 512, "fetch", OOM[0])
-    monkeypatch.setattr("waystation.embedding.engine.open_model", lambda *_, **__: replace(real, run=chip))
+    monkeypatch.setattr("waystation.embedding.workers.open_model", lambda *_, **__: replace(real, run=chip))
     report = embed(run="a", **rows)
     assert report["rows"] == 40 and report["out_of_memory"] and report["out_of_memory"] == real.limit.events
     metas = [Store(rows["store"]).read(n).meta for n in Store(rows["store"]).list(report["shards_at"])]
@@ -253,7 +253,7 @@ def test_what_did_not_fit_is_in_the_report_and_in_the_next_run(kmer, rows, tmp_p
     kept = Kept(real.program.kept.name, real.limit.multiple)
     fresh = replace(real, run=chip, limit=kept.limit, program=real.program)
     monkeypatch.setattr(real.program, "kept", kept)
-    monkeypatch.setattr("waystation.embedding.engine.open_model", lambda *_, **__: fresh)
+    monkeypatch.setattr("waystation.embedding.workers.open_model", lambda *_, **__: fresh)
     assert kept.limit == limit
     report = embed(run="b", **rows)
     assert report["rows"] == 40 and report["out_of_memory"] == [] and all(r * w <= 512 for r, w in chip.asked)

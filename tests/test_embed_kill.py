@@ -71,7 +71,7 @@ def test_kill_at_a_random_moment_of_embed(kind, engine, server, tmp_path):
             while True:
                 p = start(run)
                 try:
-                    finish(p, rng.uniform(0.3, 1.1) * whole)
+                    finish(p, rng.uniform(0.55, 1.15) * whole)
                     break
                 except subprocess.TimeoutExpired:
                     os.kill(p.pid, signal.SIGKILL)
