@@ -106,7 +106,8 @@ def loop(folder: Path, budget: int = 0):
     import torch
     from transformers import BertModel
 
-    from waystation.embedding.encoder import read_recipe, read_tokenizer
+    from waystation.embedding.models import read_recipe
+    from waystation.embedding.tokens import read_tokenizer
     model, recipe, tok = BertModel.from_pretrained(folder, add_pooling_layer=False).eval(), read_recipe(folder), read_tokenizer(folder)
     room = recipe.max_tokens - tok.extra
 
@@ -152,7 +153,8 @@ def work(folder: Path, texts: list[str]) -> dict:
     "What there is to compute: tokens, and GFLOP without padding."
     import numpy as np
 
-    from waystation.embedding.encoder import read_config, read_recipe, read_tokenizer
+    from waystation.embedding.models import read_config, read_recipe
+    from waystation.embedding.tokens import read_tokenizer
     c, recipe, tok = read_config(folder), read_recipe(folder), read_tokenizer(folder)
     n = np.array([min(len(x) + tok.extra, recipe.max_tokens) for x, _, _ in tok.encode(texts)], dtype=np.float64)
     gflop = c.layers * (n * (8 * c.dim**2 + 4 * c.dim * c.hidden) + 4 * c.dim * n**2).sum() / 1e9
@@ -188,26 +190,37 @@ def ways(folder: Path, backends: str) -> tuple[dict, dict]:
     return found, absent
 
 
-def overhead(folder: Path, texts: list[str], rounds: int) -> dict:
-    "The whole station, from a Parquet file to sealed shards, over the bare forward pass of the same batches."
+def station(folder: Path, texts: list[str], tmp: str, run: str) -> float:
+    "CPU seconds of the whole station, from a Parquet file to sealed shards."
     import pyarrow as pa
     import pyarrow.parquet as pq
 
-    from waystation.embedding.engine import Cut, open_model, prepare
     from waystation.stations.embed import embed
+    pq.write_table(pa.table(dict(id=[str(i) for i in range(len(texts))], text=texts)), f"{tmp}/{run}.parquet")
+    since = time.process_time()
+    embed(run=run, store=f"{tmp}/store", source=f"{tmp}/{run}.parquet", model=str(folder), engine="torch")
+    return time.process_time() - since
+
+
+def overhead(folder: Path, texts: list[str], rounds: int) -> tuple[dict, list]:
+    "The station over the bare forward pass of the same batches; and (texts, CPU seconds for 1,000 tokens) of a quarter, a half and all of them."
+    import pyarrow as pa
+
+    from waystation.embedding.engine import Cut, open_model, prepare
     model, found = open_model(folder, engine="torch"), []
-    batch = pa.record_batch(dict(id=[str(i) for i in range(len(texts))], text=texts))
-    laid = prepare(model, 0, 0, batch, Cut(), {}).pieces.laid
+    laid = prepare(model, 0, 0, pa.record_batch(dict(id=[str(i) for i in range(len(texts))], text=texts)), Cut(), {}).pieces.laid
+    sizes = {len(texts) // k: [] for k in (4, 2, 1)}
+    thousands = {n: work(folder, texts[:n])["tokens"] / 1000 for n in sizes}
     with tempfile.TemporaryDirectory() as tmp:
-        pq.write_table(pa.Table.from_batches([batch]), f"{tmp}/rows.parquet")
         for r in range(rounds):
             since = time.process_time()
             for b in laid.batches:
-                model.run(*b)()
-            bare, since = time.process_time() - since, time.process_time()
-            embed(run=f"r{r}", store=f"{tmp}/store", source=f"{tmp}/rows.parquet", model=str(folder), engine="torch")
-            found.append((time.process_time() - since) / bare - 1)
-    return spread(found)
+                model.compute(b)
+            bare = time.process_time() - since
+            for n, took in sizes.items():
+                took.append(station(folder, texts[:n], tmp, f"r{r}-{n}"))
+            found.append(took[-1] / bare - 1)
+    return spread(found), [[n, spread(t / thousands[n] for t in took)] for n, took in sizes.items()]
 
 
 def spread(values) -> dict:
@@ -233,9 +246,9 @@ def measure(name: str, folder: Path, texts: list[str], rounds: int, backends: st
     rows = {way: dict(cpu=spread(cpu[way]), wall=spread(wall[way]), cosine=round(cosine[way], 7),
                       speed=spread(a / b for a, b in zip(cpu[oracle], cpu[way], strict=True)),
                       share=spread(about["gflop"] / c / p for c, p in zip(cpu[way], peaks, strict=True))) for way in found}
-    saved = spread(a / b for a, b in zip(cpu[PAD], cpu[FLAT], strict=True))
+    saved, (more, growth) = spread(a / b for a, b in zip(cpu[PAD], cpu[FLAT], strict=True)), overhead(folder, texts, rounds)
     return dict(about=about, peak=spread(peaks), oracle=oracle, ways=rows, absent=absent, saved=saved,
-                saved_of_padding=round(saved["median"] / about["padding"], 2), overhead=overhead(folder, texts, rounds))
+                saved_of_padding=round(saved["median"] / about["padding"], 2), overhead=more, growth=growth)
 
 
 def tables(result: dict) -> str:
@@ -252,7 +265,9 @@ def tables(result: dict) -> str:
                        f"({w['speed']['min']:.2f} to {w['speed']['max']:.2f}) | {w['share']['median']:.0%} | {w['cosine']:.7f} |")
         out += [f"| {way} | - | - | - | - | not measured: {why} |" for way, why in s["absent"].items()]
         out += ["", f"Padding to the limit computes {a['padding']:.2f} times the tokens; it takes {s['saved']['median']:.2f} times as long as the flat engine "
-                f"({s['saved_of_padding']:.0%} of that). Reading, tokenising and sealing add {s['overhead']['median']:.1%} to the bare forward pass. "
+                f"({s['saved_of_padding']:.0%} of that). Reading, tokenising and sealing add {s['overhead']['median']:.1%} to the bare forward pass, and "
+                + "the whole station takes " + ", ".join(f"{g['median']*1000:.0f}" for _, g in s["growth"]) + " CPU ms for 1,000 tokens of "
+                + ", ".join(f"{n:,}" for n, _ in s["growth"]) + " texts. "
                 f"The matrix multiply of this machine reached {s['peak']['median']:.0f} GFLOP a CPU second ({s['peak']['min']:.0f} to {s['peak']['max']:.0f}).", ""]
     v = result["versions"]
     return "\n".join([*out, f"Taken {result['date']} on one thread of {result['machine']}, {s['peak']['n']} rounds; "
