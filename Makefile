@@ -23,8 +23,8 @@ check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that
 	$(BIN)/mypy
 	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
-prove: env ## the store's promises in full length: kills, faults, races; its figures go to nbs/guides/prove.json
-	WAYSTATION_PROVE=1 $(BIN)/pytest tests/test_store_kill.py tests/test_store_faults.py tests/test_store_hostile.py tests/test_store_sizes.py
+prove: env ## the promises in full length: kills, faults, races, sizes (an hour and more); its figures go to nbs/guides/prove.json
+	WAYSTATION_PROVE=1 $(BIN)/pytest tests/test_store_kill.py tests/test_store_faults.py tests/test_store_hostile.py tests/test_store_sizes.py tests/test_embed_kill.py tests/test_embed_sizes.py
 	cp runs/prove.json nbs/guides/prove.json
 
 build: env ## lit/ (edit here) -> nbs/ and waystation/ and README.md

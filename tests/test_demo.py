@@ -70,10 +70,9 @@ def test_the_journey_and_again(cli, env, tmp_path):
 
 
 def test_stations_by_plain_papermill(env, tmp_path):
-    "`papermill nbs/stations/3_embed.ipynb out.ipynb -p …`, as the README says, each with parameters that are not the defaults."
+    "`papermill nbs/stations/3_embed.ipynb out.ipynb -p …`, as the README says, with parameters that are not the defaults; the recipe above runs train so."
     changed = {
         "1_setup": dict(model="asset:minilm", data="asset:banking"),
-        "2_train": dict(max_steps=1, batch_size=1, eval_rows=1, warmup_steps=0, lora_r=4),
         "3_embed": dict(source="asset:banking", limit=20, shard_rows=5),
         "4_export": dict(index="none", table="pm", ask="What is the annual fee?"),
     }
@@ -84,6 +83,5 @@ def test_stations_by_plain_papermill(env, tmp_path):
         assert done.returncode == 0, done.stderr[-3000:]
     shown = {s["step"]: s for s in show_run(Store(env["WAYSTATION_STORE"]), "pm")["steps"]}
     assert list(shown["setup"]["report"]["inputs"]) == ["asset:banking", "asset:minilm"]
-    assert (shown["train"]["report"]["steps"], shown["train"]["params"]["lora_r"]) == (1, 4)
     assert (shown["embed"]["seals"]["shards"], shown["embed"]["report"]["rows"]) == (4, 20)
     assert (shown["export"]["report"]["rows"], len(shown["export"]["report"]["answers"])) == (20, 3)

@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from proving import PROVE, note
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(7200 if PROVE else 900)]
 SIZES = (10_000, 100_000, 1_000_000) if PROVE else (10_000, 20_000, 40_000)
 CHILD = """if True:
     import json, re, sys

@@ -53,9 +53,9 @@ def vectors(env, cwd):
     return rows
 
 
-@pytest.mark.parametrize("engine", ["jax", "torch"])
-def test_embed_does_no_shard_twice(cli, env, tmp_path, engine):
-    args = [*EMBED, "--engine", engine]
+def test_embed_does_no_shard_twice(cli, env, tmp_path):
+    "Of chunks; tests/test_embed_kill.py has both engines, at random moments."
+    args = [*EMBED, "--engine", "torch"]
     other = env | {"WAYSTATION_STORE": str(tmp_path / "undisturbed")}
     whole = cli(*args, "--json", WAYSTATION_STORE=other["WAYSTATION_STORE"])
     found = kill_after(args, env, tmp_path, "shards", 3)

@@ -203,7 +203,7 @@ def _clock(place:Place) -> float:
         return now
     finally: place.delete([key])
 
-# %% ../nbs/04_retention.ipynb #93d66667
+# %% ../nbs/04_retention.ipynb #d7ad74b9
 class Condemned:
     "A writer's view of the condemned blobs: one LIST an hour."
     def __init__(self, place:Place):
@@ -244,12 +244,11 @@ class Condemned:
         return False
 
     def guarded(self,
-        store:Callable[[],T], # Stores blobs, asks `holds` of each and tells `stored`
+        store:Callable[[],T], # Calls `look`, stores blobs, asks `holds` of each and tells `stored`
     ) -> T:                   # Its last answer; manifests that name the blobs may be created at once
         "Store blobs so that no prune has them: once, unless that took so long that one may have condemned what was there at first."
         while True:
             began = time.monotonic()
-            self.look()
             done = store()
             if self.settle() and time.monotonic() - began < FRESH: return done
 

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['log', 'Names', 'Store']
 
-# %% ../nbs/06_store.ipynb #dc2f3322
-import base64, errno, hashlib, json, logging, os, re, shutil, tempfile, time
+# %% ../nbs/06_store.ipynb #7e176582
+import base64, errno, hashlib, json, logging, os, re, shutil, tempfile
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from datetime import UTC, datetime
@@ -18,13 +18,13 @@ from .cache import by_content
 from .doctor import doctor
 from .place import Place, changed, still_there
 from .remotes import open_place
-from .retention import FRESH, Condemned, prune
+from .retention import Condemned, prune
 from .runtime import Refused
 from .seal import (Seal, blob_key, by_number, check_name, content_of, cut_packs, describe, find_files, is_name, keep_warm, lost, new_manifest,
                              plain, read_manifest, read_ref, seal_key, sort_out, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #30e94556
+# %% ../nbs/06_store.ipynb #860c2f11
 log = logging.getLogger('waystation')
 
 def _sha256(chunks:Iterable[bytes]) -> str:
@@ -94,24 +94,22 @@ class Store:
             data = found[rel].read_bytes()
             if len(data) != sizes[rel]: raise changed(found[rel])
             return {rel: dict(sha256=hashlib.sha256(data).hexdigest(), size=len(data), data=base64.b64encode(data).decode())}
-        ask:list[Callable[[],Any]] = [also] if also else []
-        while True:  # once, unless that took so long that a prune may have condemned what was there at first
-            began, stored = time.monotonic(), dict[str,str]()
-            looked = Future[None]()
-            def look(looked=looked):
+        def stored():
+            first, looked = dict[str,str](), Future[None]()
+            def look():
                 try: self._condemned.look()
                 except BaseException as e: looked.set_exception(e); raise
                 looked.set_result(None)
-            def store(rel, stored=stored, looked=looked):  # a file is on its way while others are still hashed
+            def store(rel):  # a file is on its way while others are still hashed
                 entry = describe(found[rel])
-                if stored.setdefault(entry['sha256'], rel) == rel: self._keep(found[rel], entry, looked)
+                if first.setdefault(entry['sha256'], rel) == rel: self._keep(found[rel], entry, looked)
                 return {rel: entry}
-            jobs:list[Callable[[],Any]] = [*ask, *([look] if packed or alone else [])]
+            jobs:list[Callable[[],Any]] = [*([also] if also else []), *([look] if packed or alone else [])]
             if packed: jobs.append(partial(self._pack, {rel: found[rel] for rel in packed}, sizes, looked))
             jobs += [*(partial(store, rel) for rel in reversed(alone)), *(partial(carried, rel) for rel in inside)]  # the largest takes longest
-            results = self.place.each(lambda job: job(), jobs)
-            done, ask = {rel: entry for r in results[len(ask):] if r for rel, entry in r.items()}, []
-            if self._condemned.settle() and time.monotonic() - began < FRESH: return {rel: done[rel] for rel in found}
+            done = {rel: entry for entries in self.place.each(lambda job: job(), jobs) if entries for rel, entry in entries.items()}
+            return {rel: done[rel] for rel in found}
+        return self._condemned.guarded(stored)
 
     def _pack(self, found:dict[str,Path], sizes:dict[str,int], looked:Future) -> dict[str,dict[str,Any]]: # As a manifest has them
         "Store small files in packs, those of equal content once."

@@ -332,7 +332,7 @@ def _goes_on(old:dict[int,str], new:dict[int,str]) -> bool:
     "Whether the log `new` is `old` and perhaps more. Early entries may be missing on either side; the last of `old` must be in both."
     return all(old[n] == new[n] for n in old.keys() & new.keys()) and (not old or max(old) in new)
 
-# %% ../nbs/05_transfer.ipynb #a927cba8
+# %% ../nbs/05_transfer.ipynb #4eac8d31
 BATCH = 32  # Seals whose manifests are held at once: 1.4 MB each at the most
 
 def _manifest(place:Place, name:str, moved:Moved) -> tuple[bytes,Seal]|None: # None when there is none that can be moved
@@ -356,7 +356,10 @@ def _send_batch(src:Place, dst:Place, guard:Condemned, batch:dict[str,tuple[byte
     blobs = {d: (size, name) for name, (_, seal) in batch.items() for d, size in seal.blobs.items()}
     wrong:dict[str,str] = {}  # Digest -> why it could not be moved
     def send(d): _send_blob(src, dst, guard, d, *blobs[d], moved, wrong)
-    if blobs: guard.guarded(lambda: dst.each(send, blobs.keys() - wrong.keys()))
+    def stored():
+        guard.look()
+        dst.each(send, blobs.keys() - wrong.keys())
+    if blobs: guard.guarded(stored)
     moved.wrong += wrong.values()
     def commit(name):
         data, seal = batch[name]
