@@ -74,7 +74,8 @@ def collections(scale: float) -> dict:
     import pyarrow.parquet as pq
 
     from waystation.assets import resolve
-    from waystation.embedding.engine import Cut, open_model, prepare
+    from waystation.embedding.backend import open_model
+    from waystation.embedding.engine import Cut, prepare
     minilm, kmer = resolve("asset:minilm", "model").path, resolve("asset:kmer-random", "model").path
     docs = pq.read_table(resolve("asset:banking", "source").path)["text"].to_pylist()
     # Documents, their paragraphs and their lines, as somebody would search them: most are short, a few long.
@@ -91,7 +92,8 @@ def ours(engine: str, folder: Path):
     "Text to vectors as the station does it, without files."
     import pyarrow as pa
 
-    from waystation.embedding.engine import Cut, flow, open_model, prepare
+    from waystation.embedding.backend import open_model
+    from waystation.embedding.engine import Cut, flow, prepare
     model = open_model(folder, engine=engine)
 
     def run(texts):
@@ -206,7 +208,8 @@ def overhead(folder: Path, texts: list[str], rounds: int) -> tuple[dict, list]:
     "The station over the bare forward pass of the same batches; and (texts, CPU seconds for 1,000 tokens) of a quarter, a half and all of them."
     import pyarrow as pa
 
-    from waystation.embedding.engine import Cut, open_model, prepare
+    from waystation.embedding.backend import open_model
+    from waystation.embedding.engine import Cut, prepare
     model, found = open_model(folder, engine="torch"), []
     laid = prepare(model, 0, 0, pa.record_batch(dict(id=[str(i) for i in range(len(texts))], text=texts)), Cut(), {}).pieces.laid
     sizes = {len(texts) // k: [] for k in (4, 2, 1)}

@@ -20,7 +20,8 @@ from waystation.assets import resolve
 from waystation.cli import store_ls
 from waystation.embedding import devices
 from waystation.embedding.devices import Kept, Limit, out_of_memory
-from waystation.embedding.engine import Cut, flow, open_model, prepare
+from waystation.embedding.backend import open_model
+from waystation.embedding.engine import Cut, flow, prepare
 from waystation.recipe import begin
 from waystation.runtime import Interrupted, Refused
 from waystation.stations.embed import embed
@@ -31,7 +32,8 @@ COLLECTIVE = re.compile(r"all-reduce|all-gather|reduce-scatter|collective-permut
 CHILD = """if True:
     import json, sys
     import jax, numpy as np
-    from waystation.embedding.engine import Cut, flow, open_model, prepare
+    from waystation.embedding.backend import open_model
+    from waystation.embedding.engine import Cut, flow, prepare
     import pyarrow as pa
     folder, texts, tensor, out = sys.argv[1], json.load(open(sys.argv[2])), int(sys.argv[3]), sys.argv[4]
     model = open_model(folder, tensor=tensor)
@@ -139,7 +141,7 @@ def test_weights_shared_by_four_chips_give_the_same_vectors(on):
 def test_what_cannot_be_shared_is_refused(kmer, monkeypatch):
     with pytest.raises(Refused, match=r"tensor=3, but 1 x cpu cannot be divided into groups of 3; use one of \[1\]"):
         open_model(kmer, tensor=3)
-    done = subprocess.run([sys.executable, "-c", f"from waystation.embedding.engine import open_model; open_model({str(kmer)!r}, tensor=8)"],
+    done = subprocess.run([sys.executable, "-c", f"from waystation.embedding.backend import open_model; open_model({str(kmer)!r}, tensor=8)"],
                           env=environment(8), capture_output=True, text=True)
     assert "tensor=8, but the model has 4 heads, which 8 chips cannot share equally; use one of [1, 2, 4]" in done.stderr
 

@@ -16,7 +16,8 @@ import pytest
 from waystation.assets import resolve
 from waystation.embedding import engine
 from waystation.embedding.encoder import load, vectors
-from waystation.embedding.engine import Cut, embed_texts, flow, open_model, prepare, read_shards
+from waystation.embedding.backend import open_model
+from waystation.embedding.engine import Cut, embed_texts, flow, prepare, read_shards
 from waystation.embedding.models import read_config, read_recipe
 from waystation.embedding.packing import lay, pack
 from waystation.embedding.tokens import read_tokenizer

@@ -18,7 +18,8 @@ from hypothesis import strategies as st
 from waystation.assets import resolve
 from waystation.embedding import flat
 from waystation.embedding.encoder import attend, buckets, flash, load, vectors
-from waystation.embedding.engine import Cut, embed_texts, open_model
+from waystation.embedding.backend import open_model
+from waystation.embedding.engine import Cut, embed_texts
 from waystation.embedding.models import Checkpoint, read_config, read_recipe, read_weights
 from waystation.embedding.packing import lay, pack
 from waystation.embedding.tokens import KMERS, letters, prompted, read_tokenizer

@@ -15,8 +15,9 @@ import pytest
 from test_embed import changed, dna, kmer, matrix, minilm, oracle, sealed, sequences  # noqa: F401
 from test_kill import kill_after
 
-from waystation.embedding import choice, engine, flat
-from waystation.embedding.engine import Cut, flow, open_model, prepare
+from waystation.embedding import backend, choice, flat
+from waystation.embedding.backend import open_model
+from waystation.embedding.engine import Cut, flow, prepare
 from waystation.recipe import Job
 from waystation.runtime import Refused
 from waystation.stations.embed import embed
@@ -117,13 +118,13 @@ def absent(monkeypatch):
 
     def find_spec(name, *a):
         return None if name == "torch" else real(name, *a)
-    for module in (choice, engine):
+    for module in (choice, backend):
         monkeypatch.setattr(module, "find_spec", find_spec)
 
 
 def test_a_forced_engine_that_is_absent_names_what_to_install(sequences, tmp_path, monkeypatch):  # noqa: F811
     absent(monkeypatch)
-    engine.open_model.cache_clear()
+    backend.open_model.cache_clear()
     with pytest.raises(Refused, match=r"engine='torch'.*pip install torch.*waystation\[train\].*engine='jax'"):
         embed(run="r", store=str(tmp_path / "s"), source=str(sequences), engine="torch", **SMALL)
     report = embed(run="r", store=str(tmp_path / "s"), source=str(sequences), **SMALL)  # auto
@@ -204,16 +205,16 @@ def test_another_model_is_not_mixed_in(sequences, tmp_path, monkeypatch):  # noq
         embed(**params)
     go_on()
     absent(monkeypatch)
-    real = engine.ENGINES["jax"]
+    real = backend.ENGINES["jax"]
 
     def wrong(*a):
         made = real(*a)
         return made | dict(run=lambda *b: np.roll(np.asarray(made["run"](*b)), 1, axis=-1))
-    monkeypatch.setitem(engine.ENGINES, "jax", wrong)
-    engine.open_model.cache_clear()
+    monkeypatch.setitem(backend.ENGINES, "jax", wrong)
+    backend.open_model.cache_clear()
     with pytest.raises(Refused, match="one and the same run"):
         embed(**params)
-    engine.open_model.cache_clear()
+    backend.open_model.cache_clear()
 
 
 def test_kill_9_in_torch_and_go_on(cli, env, tmp_path):

@@ -64,7 +64,7 @@ def test_it_counts_the_batches_that_the_engine_lays_out():
     import jax
 
     from waystation.assets import resolve
-    from waystation.embedding.engine import open_model
+    from waystation.embedding.backend import open_model
 
     folder = resolve("asset:kmer-random", "model").path
     model, c = open_model(folder), part.read_config(folder)
@@ -80,7 +80,7 @@ def test_the_program_is_the_one_that_embed_runs():
 
     from waystation.assets import resolve
     from waystation.embedding.devices import spread
-    from waystation.embedding.engine import open_model
+    from waystation.embedding.backend import open_model
 
     folder = resolve("asset:minilm", "model").path
     run = open_model(folder).program

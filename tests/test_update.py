@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 from conftest import WAYSTATION
 
-from waystation.embedding import engine
+from waystation.embedding import backend, engine
 from waystation.runtime import Refused
 from waystation.stations.embed import embed
 from waystation.stations.export import export
@@ -161,7 +161,7 @@ def test_rows_that_were_set_aside_are_tried_again(bench):
 def test_a_tokenizer_that_fails_once(bench, monkeypatch, how):
     "The text that it cannot read is set aside alone; an update of the same source tries that one again, and nothing else."
     bench.write(ROWS)
-    real, bad = engine.read_tokenizer, ROWS["s7"]
+    real, bad = backend.read_tokenizer, ROWS["s7"]
 
     def read_tokenizer(folder):
         tokenizer = real(folder)
@@ -171,13 +171,13 @@ def test_a_tokenizer_that_fails_once(bench, monkeypatch, how):
                 raise UnicodeDecodeError("utf-8", b"x", 0, 1, "not this one")
             return tokenizer.encode(texts)
 
-        return engine.Tokenizer(encode, tokenizer.prefix, tokenizer.suffix, tokenizer.top)
+        return backend.Tokenizer(encode, tokenizer.prefix, tokenizer.suffix, tokenizer.top)
 
-    engine.open_model.cache_clear()
-    monkeypatch.setattr(engine, "read_tokenizer", read_tokenizer)
+    backend.open_model.cache_clear()
+    monkeypatch.setattr(backend, "read_tokenizer", read_tokenizer)
     first = bench(**how)
-    monkeypatch.setattr(engine, "read_tokenizer", real)
-    engine.open_model.cache_clear()
+    monkeypatch.setattr(backend, "read_tokenizer", real)
+    backend.open_model.cache_clear()
     assert first["quarantine_reasons"] == {"cannot be tokenised": 1}
     store = Store(first["params"]["store"])
     (aside,) = [json.loads(x) for x in (store.fetch(f"{first['shards_at']}/1", bench.path.parent / "q") / "quarantine.jsonl").read_text().splitlines()]
