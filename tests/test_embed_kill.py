@@ -54,35 +54,38 @@ def test_kill_at_a_random_moment_of_embed(kind, engine, server, tmp_path):
                        "--shard-rows", "4"]
             return subprocess.Popen(list(map(str, command)), env=env, cwd=tmp_path, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True)
 
-        def finish(p, seconds=600):
-            _, said = p.communicate(timeout=seconds)
-            assert p.returncode == 0, said
+        def finish(p, code=0):
+            _, said = p.communicate(timeout=600)
+            assert p.returncode in (0, code), said
 
-        began = time.monotonic()
         finish(start("calm"))
-        whole = time.monotonic() - began
         want, aside = found(url, "calm", tmp_path)
         assert len(want) == len(set(want)) == n - aside == n - 6
+        store, kills, runs, at = Store(url), 0, 0, Counter()
 
-        kills, runs, at = 0, 0, Counter()
+        def shards(run):
+            return len(store.list(f"runs/{run}/embed/1/shards"))
+
         while kills < rounds:
             run, runs = f"r{runs}", runs + 1
-            while True:
-                p = start(run)
-                try:
-                    finish(p, rng.uniform(0.55, 1.15) * whole)
-                    break
-                except subprocess.TimeoutExpired:
+            while kills < rounds:
+                there = shards(run)
+                p, moment = start(run), rng.randint(there + 1, n // 4) if rng.random() < 0.75 else 0  # kill it at so many shards, or while it starts
+                time.sleep(rng.uniform(0, 4) if moment <= there else 0)
+                while shards(run) < moment and p.poll() is None:
+                    time.sleep(0.01)
+                time.sleep(rng.uniform(0, 0.05))
+                if p.poll() is None:
                     os.kill(p.pid, signal.SIGKILL)
-                    p.communicate()
-                kills += 1
-                there = Store(url).list(f"runs/{run}/embed/1/shards")
-                at["before the first shard" if not there else "after the last shard" if len(there) == n // 4 else "between shards"] += 1
+                finish(p, -signal.SIGKILL)
+                if p.returncode:
+                    kills += 1
+                    at["while it starts" if shards(run) == there else "after the last shard" if shards(run) == n // 4 else "between shards"] += 1
                 some, _ = found(url, run, tmp_path)
                 assert len(some) == len({i for i, _ in some}) and set(some) <= set(want)  # what is visible is whole, and nothing stands twice
-                if kills >= rounds:
-                    finish(start(run))
+                if shards(run) == n // 4:
                     break
+            finish(start(run))
             pairs, _ = found(url, run, tmp_path)
             assert sorted(pairs) == sorted(want)
     note("kill -9 while embedding", f"{kind}, {engine}", kills=kills, runs=runs, doubled=0, missing=0, other_vectors=0, at=at, seconds=clock.seconds)
