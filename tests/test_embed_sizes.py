@@ -29,6 +29,11 @@ CHILD = """if True:
 """
 
 
+def fast(seconds):
+    "The fastest tenth takes at most so long: what else the machine does is in the rest."
+    return statistics.quantiles(seconds, n=10)[0]
+
+
 @pytest.mark.parametrize("engine", ["torch", "jax"])
 def test_memory_and_time_a_shard_stay_flat(engine, tmp_path):
     found, rng = {}, np.random.default_rng(0)
@@ -48,7 +53,7 @@ def test_memory_and_time_a_shard_stay_flat(engine, tmp_path):
     peaks = [f["peak"] for f in found.values()]
     last = found[SIZES[-1]]["seconds"]
     third = len(last) // 3
-    growth = statistics.median(last[-third:]) / statistics.median(last[1:third + 1])
+    growth = fast(last[-third:]) / fast(last[1:third + 1])
     note("memory and time of embed", engine, rows=list(SIZES), peak_mb=[round(p) for p in peaks], last_third_over_first=round(growth, 2))
     print(peaks, growth)
     assert max(peaks) <= 1.1 * min(peaks), peaks

@@ -9,10 +9,14 @@ import numpy as np
 import psutil
 import pytest
 
+from waystation.assets import resolve
 from waystation.chips import CHIPS, SLICES
 from waystation.embedding import preflight as part
-from waystation.embedding.models import PRESETS
+from waystation.embedding.models import PRESETS, operations, read_config
+from waystation.embedding.tokens import read_tokenizer
 from waystation.runtime import Refused
+from waystation.stations.embed import embed
+from waystation.store import Store
 
 
 @pytest.fixture
@@ -127,6 +131,36 @@ def test_the_users_own_price(tmp_path, monkeypatch):
 def test_rows_of_a_source_by_the_models_own_tokenizer():
     found = part.preflight(model="asset:minilm", chip="l4", rows=698, source="asset:banking")
     assert found["fits"] and 100 < found["tokens"] / 698 <= 256
+    assert part.preflight(model="asset:minilm", chip="l4", source="asset:banking")["rows"] == 698
+    cut = part.preflight(model="asset:minilm", chip="l4", source="asset:banking", chunk_tokens=200, chunk_overlap=40)
+    assert abs(cut["rows"] - 1265) < 15 and cut["tokens"] > found["tokens"]  # 1,265 are made; a cut waits for the end of a word
+
+
+def test_an_earlier_run_says_what_a_chip_reaches(tmp_path, monkeypatch):
+    monkeypatch.setenv("WAYSTATION_WANDB_MODE", "disabled")
+    monkeypatch.setattr(part, "_cpu_tflops", lambda: 10.0)
+    url = str(tmp_path / "store")
+    asked = dict(model="asset:kmer-random", rows=1000, chip="cpu", store=url)
+    found = part.preflight(**asked)
+    assert found["utilisation"] == part.ASSUMED and f"assumed, not measured: no run of embed on cpu is in {url}" in found["text"]
+    source = tmp_path / "rows.fasta"
+    source.write_text("".join(f">s{i}\n{'ACGT' * (10 + i)}\n" for i in range(40)))
+    report = embed(run="r", store=url, source=str(source), text="sequence", model="asset:kmer-random", engine="torch")
+    n = np.array([len(x) + 1 for x, _, _ in read_tokenizer(resolve("asset:kmer-random", "model").path).encode(["ACGT" * (10 + i) for i in range(40)])])
+    linear, attention = operations(read_config(resolve("asset:kmer-random", "model").path))
+    store = Store(url)
+    shard = store.read(store.list(report["shards_at"])[0]).meta
+    assert shard["tflop"] == pytest.approx((n * (linear + n * attention)).sum() / 1e12)
+    found = part.preflight(**asked)
+    assert found["utilisation"] == pytest.approx(report["tflops"] / 10) and "measured by runs/r/embed/1, all its work included" in found["text"]
+    assert part.preflight(**asked | dict(utilisation=0.2))["utilisation"] == 0.2
+    assert part.preflight(**asked | dict(chip="t4"))["utilisation_by"].startswith("assumed, not measured")
+    store.seal(None, "runs/s/embed/1/report", report | dict(tflops=11.0))  # another machine's
+    assert part.preflight(**asked)["utilisation"] == found["utilisation"]
+    store.seal(None, "runs/t/embed/1/report", report | dict(tflops=52.0, chips="1 x Tesla T4"))
+    assert part.preflight(**asked | dict(chip="t4"))["utilisation"] == pytest.approx(52 / CHIPS["T4"].peak_tflops)
+    found = part.preflight(**asked | dict(store=str(source)))  # a file
+    assert found["utilisation"] == part.ASSUMED and "earlier runs could not be read" in found["text"]
 
 
 @pytest.mark.parametrize("asked, says", [
@@ -141,6 +175,7 @@ def test_rows_of_a_source_by_the_models_own_tokenizer():
     (dict(lengths="0"), "every row has at least 1 token"),
     (dict(lengths="9", source="x.csv"), "pass one of them"),
     (dict(source="x.csv"), "needs the model's tokenizer"),
+    (dict(source="x.csv", chunk_tokens=20), "chunk_overlap=40 must be at least 0 and less than chunk_tokens=20"),
     (dict(max_tokens=1024), "table of 512 positions"),
     (dict(model="nt-2.5b", max_tokens=1002), "table of 1002 positions, the first at 2; use at most 1000"),
     (dict(station="train"), "station='train' has no preflight"),

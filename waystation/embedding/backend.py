@@ -25,7 +25,7 @@ from ..runtime import Refused
 
 log = logging.getLogger('waystation')
 
-# %% ../../nbs/embedding/23_backend.ipynb #3e02d09e
+# %% ../../nbs/embedding/23_backend.ipynb #0f272eb8
 @dataclass(frozen=True)
 class Laid:
     "Texts in batches, and where to find the vector of each in what comes back."
@@ -33,6 +33,7 @@ class Laid:
     place:tuple[np.ndarray,...]     # Index of each text into the batches' results, one after the other
     tokens:list[int]                # Of each batch
     slots:int                       # Places computed, padding included
+    tflop:float                     # What the linear layers and attention compute for them, in 10^12 operations
 
 @dataclass(frozen=True)
 class Model:
@@ -78,7 +79,7 @@ class Model:
         lists = dict(compiled=self.program.shapes if self.program else [], out_of_memory=self.limit.events)
         return {k: v[(since or {}).get(k, 0):] for k, v in lists.items()}, {k: len(v) for k, v in lists.items()}
 
-# %% ../../nbs/embedding/23_backend.ipynb #7789bc9d
+# %% ../../nbs/embedding/23_backend.ipynb #7d9e6bce
 def _jax(folder:Path, recipe:Recipe, device:str, tensor:int) -> dict[str,Any]:
     "Packed rows, compiled on first use."
     chips = find_chips(device, tensor)
@@ -95,10 +96,12 @@ def _jax(folder:Path, recipe:Recipe, device:str, tensor:int) -> dict[str,Any]:
         rows = lay(packed, texts, c.pad, size)
         parts = [[r[k:k + size] for r in rows] for k in range(0, len(rows[0]), size)]
         tokens = [int((segments > 0).sum()) for _, _, segments in parts]
-        return Laid([(*p, packed.width // 8) for p in parts], (packed.row, packed.segment), tokens, rows[0].size)
+        linear, attention = operations(c)
+        tflop = rows[0].size*(linear + packed.width*attention)/1e12
+        return Laid([(*p, packed.width // 8) for p in parts], (packed.row, packed.segment), tokens, rows[0].size, tflop)
     return dict(config=c, device=chips.kind, computed=str(dtype), chips=chips.about, lay=lay_out, run=program, stream=stream, limit=limit, program=program)
 
-# %% ../../nbs/embedding/23_backend.ipynb #59fad358
+# %% ../../nbs/embedding/23_backend.ipynb #1397e30f
 def _torch(folder:Path, recipe:Recipe, device:str, tensor:int) -> dict[str,Any]:
     "Flat batches, without padding."
     from waystation.embedding import flat
@@ -109,7 +112,8 @@ def _torch(folder:Path, recipe:Recipe, device:str, tensor:int) -> dict[str,Any]:
     def lay_out(texts:list[np.ndarray], usual:int) -> Laid:
         batches, place = flat.batches(texts, most[0])
         tokens = [len(b.tokens) for b in batches]
-        return Laid([(b,) for b in batches], (place,), tokens, sum(tokens))
+        linear, attention = operations(encoder.config)
+        return Laid([(b,) for b in batches], (place,), tokens, sum(tokens), sum(n*(linear + n*attention) for n in map(len, texts))/1e12)
     def run(batch:flat.Batch) -> Any:
         try: return encoder.vectors(batch, recipe.pooling, recipe.normalize, recipe.dimensions)  # a GPU has only been told; a CPU is done
         except Exception as e:

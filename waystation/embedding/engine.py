@@ -247,7 +247,7 @@ def flow(
         shard.pieces.results += results  # none when every row was set aside
         yield shard, shard.pieces.vectors(shard.texts.num_rows, model.recipe.normalize) if results else np.zeros((0, model.recipe.dimensions), np.float32)
 
-# %% ../../nbs/embedding/24_engine.ipynb #81880bfd
+# %% ../../nbs/embedding/24_engine.ipynb #51d96a8d
 def write_shard(
     folder:Path,      # Made anew
     shard:Shard,
@@ -271,7 +271,7 @@ def write_shard(
     norms, laid = np.linalg.norm(y, axis=1), shard.pieces.laid
     return shard.counts | dict(rows=table.num_rows, vectors_reused=shard.old.num_rows, source_rows=shard.source_rows,
                 quarantined=len(shard.aside), reasons=dict(Counter(a['reason'].partition(':')[0] for a in shard.aside)),
-                long=shard.long, tokens=sum(laid.tokens), slots=laid.slots,
+                long=shard.long, tokens=sum(laid.tokens), slots=laid.slots, tflop=laid.tflop,
                 storage_error=max(storage_error(y, dtype), shard.old_error), norms=[float(f(norms)) for f in (np.mean, np.min, np.max)] if len(y) else [])
 
 # %% ../../nbs/embedding/24_engine.ipynb #59fb4338
@@ -366,7 +366,7 @@ def embed_rows(
     if model.program: model.program.kept.fetch(job.store)
     return collect(job, scan, cut, shard_rows, functools.partial(seal_shards, job, rows, scan, model, cut, shard_rows, dtype, why))
 
-# %% ../../nbs/embedding/24_engine.ipynb #cee38b16
+# %% ../../nbs/embedding/24_engine.ipynb #72704070
 def _figures(meta:Mapping[str,Any]) -> dict[str,float]:
     "What is worth a curve."
     seconds, computed = max(meta['seconds'], 1e-3), meta['rows'] - meta['vectors_reused']
@@ -388,6 +388,7 @@ def totals(metas:Iterable[Mapping[str,Any]], cut:Cut) -> dict[str,Any]: # Plain 
                 truncated=add('long') * (cut.on_long == 'truncate'), windowed=add('long') * (cut.on_long == 'window'), shards=len(ms),
                 tokens=add('tokens'), fill=round(add('tokens') / max(add('slots'), 1), 4),
                 rows_per_second=round((add('rows') - ours['vectors_reused']) / max(add('seconds'), 1e-3), 1),
+                tflops=round(sum(m.get('tflop', 0.) for m in ms) / max(add('seconds'), 1e-3), 4),  # a second; by it preflight knows what a chip reaches
                 **{k: [x for m in ms for x in m.get(k, [])] for k in ('compiled', 'out_of_memory')})
 
 # %% ../../nbs/embedding/24_engine.ipynb #de5c0dff
