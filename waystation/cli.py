@@ -195,13 +195,13 @@ def store_sync(
     return dict(to_b={k: getattr(ways[0], k) for k in keys}, to_a={k: getattr(ways[1], k) for k in keys}, wrong=wrong,
                 text='\n'.join([*wrong, *lines[:1 if one_way else 2]]), exit=4 if wrong else 0)
 
-# %% ../nbs/90_cli.ipynb #5de1ca14
+# %% ../nbs/90_cli.ipynb #3c72ce84
 def _grid(names:Sequence[str], rows:Iterable[Sequence[Any]]) -> str: # As wide as the terminal
     def cell(v): return '' if v is None else f'{v:.6g}' if isinstance(v, float) else ' '.join(''.join(c if c.isprintable() else ' ' for c in str(v)[:2000]).split())
     shown = [list(names), *([cell(v) for v in row] for row in rows)]
     widths, room = [max(len(row[i]) for row in shown) for i in range(len(names))], shutil.get_terminal_size((100, 24)).columns - 2*len(names)
-    while sum(widths) > room and (most := max(widths)) > 8:  # the widest gives way, down to the next
-        widths[widths.index(most)] = max(8, most - (sum(widths) - room), *(w for w in widths if w < most))
+    cap = next((n for n in range(max(widths), 8, -1) if sum(min(w, n) for w in widths) <= room), 8)  # the widest give way
+    widths = [min(w, cap) for w in widths]
     return '\n'.join('  '.join(_cut(c, w).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in shown)
 
 def search(

@@ -189,14 +189,14 @@ def select(
         except (OSError, ValueError) as e: raise Refused(f"{str(f)!r} cannot be read as Parquet ({first_line(e)}); name another file") from e
     with asked(query, vectors=table.ds, **sources) as answer: yield answer
 
-# %% ../../nbs/vectors/32_ask.ipynb #457d9739
+# %% ../../nbs/vectors/32_ask.ipynb #2b27467a
 FILES = ('.csv', '.parquet', '.arrow')
 
 def plain(v:Any) -> Any:
     "A value as JSON has it; NaN is null, and what JSON does not know is text."
     if v is None or isinstance(v, (str, int)): return v  # bool is an int
     if isinstance(v, float): return v if math.isfinite(v) else None
-    if isinstance(v, Decimal) and v == v.to_integral_value(): return int(v)
+    if isinstance(v, Decimal): return int(v) if v == v.to_integral_value() else float(v)
     if isinstance(v, dict): return {str(k): plain(x) for k, x in v.items()}
     return [plain(x) for x in v] if isinstance(v, (list, tuple)) else v.hex() if isinstance(v, bytes) else str(v)
 
