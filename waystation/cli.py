@@ -195,7 +195,7 @@ def store_sync(
     return dict(to_b={k: getattr(ways[0], k) for k in keys}, to_a={k: getattr(ways[1], k) for k in keys}, wrong=wrong,
                 text='\n'.join([*wrong, *lines[:1 if one_way else 2]]), exit=4 if wrong else 0)
 
-# %% ../nbs/90_cli.ipynb #3c72ce84
+# %% ../nbs/90_cli.ipynb #e1348ceb
 def _grid(names:Sequence[str], rows:Iterable[Sequence[Any]]) -> str: # As wide as the terminal
     def cell(v): return '' if v is None else f'{v:.6g}' if isinstance(v, float) else ' '.join(''.join(c if c.isprintable() else ' ' for c in str(v)[:2000]).split())
     shown = [list(names), *([cell(v) for v in row] for row in rows)]
@@ -204,6 +204,7 @@ def _grid(names:Sequence[str], rows:Iterable[Sequence[Any]]) -> str: # As wide a
     widths = [min(w, cap) for w in widths]
     return '\n'.join('  '.join(_cut(c, w).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in shown)
 
+# %% ../nbs/90_cli.ipynb #6307ca02
 def search(
     table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
     question:str,       # In words, or a sequence, or a .npy file with a vector

@@ -51,12 +51,12 @@ def find_table(
     folder = local_copy(s, seal.name)
     return Table(seal.name, open_table(folder/'table.lance'), folder, seal.content)
 
-# %% ../../nbs/vectors/32_ask.ipynb #b67155ff
+# %% ../../nbs/vectors/32_ask.ipynb #f0cf7046
 def read_vector(
     path:str|Path, # A .npy file with one vector
 ) -> np.ndarray:   # [dim] float32
     "A question that somebody has encoded."
-    try: v = np.load(Path(path).expanduser(), allow_pickle=False)  # a pickle is a program
+    try: v = np.load(Path(path).expanduser(), mmap_mode='r', allow_pickle=False)  # a pickle is a program
     except (OSError, ValueError, EOFError) as e:
         raise Refused(f"question={str(path)!r} cannot be read as a vector ({first_line(e)}); it is a .npy file of numbers") from e
     if not isinstance(v, np.ndarray) or v.dtype.kind not in 'fiu' or v.size != max(v.shape, default=0) or not np.isfinite(v).all() or not v.any():
@@ -130,7 +130,7 @@ def _read(table:Table, where:str, find:Callable[[],pa.Table]) -> pa.Table:
         raise Refused(f"table={table.name!r} cannot be read ({first_line(e)}); a file of it is damaged or gone: "
                       + (f"remove {table.folder}, and it is fetched anew" if table.content else "bring it back, or export again")) from e
 
-# %% ../../nbs/vectors/32_ask.ipynb #2abe47e4
+# %% ../../nbs/vectors/32_ask.ipynb #21c8c9ca
 def _check(ds, question:str|np.ndarray, k:int, where:str, columns:Sequence[str], mode:str) -> None:
     words = question if isinstance(question, str) else ''
     check_choice('mode', mode, tuple(MODES))
@@ -142,6 +142,7 @@ def _check(ds, question:str|np.ndarray, k:int, where:str, columns:Sequence[str],
     if missing := [c for c in columns if c not in ds.schema.names]: raise Refused(f"columns={','.join(missing)} are not in the table; it has {', '.join(_have(ds))}")
     check_where(ds, where)
 
+# %% ../../nbs/vectors/32_ask.ipynb #e598303d
 def ask(
     table:Table,               # What `find_table` gives
     question:str|np.ndarray,   # Words, or a vector [dim]
@@ -170,7 +171,7 @@ def ask(
                  k=k, where=where, columns=show, mode=mode, model=model)
     return remembered(whole, make, _as_bytes, lambda data: _believed(data, schema, k))
 
-# %% ../../nbs/vectors/32_ask.ipynb #3b09a9b6
+# %% ../../nbs/vectors/32_ask.ipynb #0904542c
 @contextlib.contextmanager
 def select(
     table:Table,  # What `find_table` gives
@@ -181,10 +182,10 @@ def select(
     import pyarrow.dataset
     named = [Path(x.strip()).expanduser() for x in also.split(',') if x.strip()]
     # Of those that lie there by chance only the ones that the question may mean are opened.
-    beside = [f for f in sorted(table.folder.glob('*.parquet')) if f.stem.lower() in query.lower() and f.stem != 'vectors']
+    beside = [f for f in sorted(table.folder.glob('*.parquet')) if f.stem.lower() in query.lower() and f.stem.lower() != 'vectors']
     sources:dict[str,Any] = {}
     for f in [*beside, *named]:
-        if f.stem == 'vectors': raise Refused(f"also={str(f)!r} has the name of the table itself; rename the file")
+        if f.stem.lower() == 'vectors': raise Refused(f"also={str(f)!r} has the name of the table itself; rename the file")
         try: sources[f.stem] = pyarrow.dataset.dataset(f, format='parquet')
         except (OSError, ValueError) as e: raise Refused(f"{str(f)!r} cannot be read as Parquet ({first_line(e)}); name another file") from e
     with asked(query, vectors=table.ds, **sources) as answer: yield answer

@@ -18,11 +18,11 @@ import pyarrow as pa
 from ..runtime import Refused
 from .table import card, check_column, connect, first_line
 
-# %% ../../nbs/vectors/31_search.ipynb #4613edb2
+# %% ../../nbs/vectors/31_search.ipynb #01435d71
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`")
 
 def _one_condition(where:str) -> str: # Why it is more than one condition, or ''
-    "Lance reads a condition to its end and ignores what follows: `year = 3; and so on` would be `year = 3`."
+    "What would make Lance stop reading, or panic."
     rest, depth = _QUOTED.sub('', where), 0
     if odd := [x for x in (';', '--', '/*', '$', '?', "'", '"', '`') if x in rest]: return f'{odd[0]} stands outside of quotes'
     for c in rest:
@@ -37,13 +37,14 @@ def check_where(
     "Refuse a condition that is not SQL over the table's columns; no row is read."
     if not where: return
     why = _one_condition(where)
-    try:
+    try:  # as it is, for a plain message; and in brackets, for Lance does not look at what follows
         for condition in () if why else (where, f'({where})'): ds.scanner(columns=['id'], filter=condition).explain_plan()
     except (ValueError, OSError, RuntimeError) as e: why = first_line(e)  # RuntimeError: Lance gave up
     if why:
         short = repr(where if len(where) <= 200 else where[:199] + '…')
         raise Refused(f"where={short} cannot be understood ({why}); it is one SQL condition over {', '.join(c for c in ds.schema.names if c != 'vector')}")
 
+# %% ../../nbs/vectors/31_search.ipynb #5e2a7e47
 REFINE = 20  # recall@10 of IVF_RQ on 100,000 clustered vectors of 384 numbers: .92 without, .997 at 5, 1.0 from 10 on
 
 def search(
@@ -221,10 +222,11 @@ def check_select(
         elif isinstance(node, list): nodes += node
     if wrong := sorted(x for x in read if x.lower() not in may): raise Refused(f"sql {query!r} is refused: it reads from {', '.join(wrong)}{there}")
 
-# %% ../../nbs/vectors/31_search.ipynb #481d767d
+# %% ../../nbs/vectors/31_search.ipynb #72c328db
 @contextlib.contextmanager
 def asked(
     query:str, # One SELECT of DuckDB's SQL; each dataset goes by the name it was handed in under
+    /,         # a file may be called query.parquet
     **tables,  # Lance or Arrow datasets
 ) -> Iterator[pa.RecordBatchReader]:
     "The answer to a question in SQL, as it comes; columns and rows that the query does not need are not read."
@@ -242,6 +244,7 @@ def asked(
 
 def sql(
     query:str, # As `asked` takes it
+    /,
     **tables,  # Lance or Arrow datasets
 ) -> pa.Table:
     "The whole answer to a question in SQL."
