@@ -63,7 +63,7 @@ def read_vector(
         raise Refused(f"question={str(path)!r} is not one vector of finite numbers, not all of them zero; save one row, as np.save('question.npy', vectors[0])")
     return v.ravel().astype(np.float32)
 
-# %% ../../nbs/vectors/32_ask.ipynb #88f04592
+# %% ../../nbs/vectors/32_ask.ipynb #9bb20cff
 def search_text(
     ds,                        # A finished Lance dataset with a full-text index
     words:str,                 # What to look for; a text counts when it has one of them
@@ -74,7 +74,7 @@ def search_text(
     "The rows whose texts have the words."
     if not card(ds).get('text_index'): raise Refused("the table has no full-text index, so words cannot be looked up; ask with mode=vector, or export it again")
     check_where(ds, where)
-    found = ds.to_table(columns=[*(columns or _have(ds)), '_score'], full_text_query=dict(query=words, columns=['text']), limit=k,
+    found = ds.to_table(columns=[*(columns or _have(ds)), '_score'], full_text_query=dict(query=words, columns=['text']), limit=min(k, ds.count_rows()),
                         filter=where or None, prefilter=bool(where))
     return found.sort_by([('_score', 'descending')])
 
