@@ -6,19 +6,20 @@
 __all__ = ['REFINE', 'LOCKED', 'SERIES', 'check_where', 'search', 'index_recall', 'sample', 'answers', 'best_documents', 'wilson',
            'bootstrap', 'retrieval', 'read_questions', 'measure', 'check_select', 'asked', 'sql', 'pca', 'draw_map']
 
-# %% ../../nbs/vectors/31_search.ipynb #5b305bf4
-import contextlib, json, re, tempfile
+# %% ../../nbs/vectors/31_search.ipynb #02c075b9
+import contextlib, functools, json, operator, re, tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from ..runtime import Refused
 from .table import card, check_column, connect, first_line
 
-# %% ../../nbs/vectors/31_search.ipynb #01435d71
+# %% ../../nbs/vectors/31_search.ipynb #0a7512dd
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`")
 
 def _one_condition(where:str) -> str: # Why it is more than one condition, or ''
@@ -37,6 +38,8 @@ def check_where(
     "Refuse a condition that is not SQL over the table's columns; no row is read."
     if not where: return
     why = _one_condition(where)
+    if text := [q for q in _QUOTED.findall(where) if q[0] == '"' and q[1:-1] in ds.schema.names]:  # as in SQL, but not as in Lance
+        why = f'{text[0]} is a text, a column would be `{text[0][1:-1]}`'
     try:  # as it is, for a plain message; and in brackets, for Lance does not look at what follows
         for condition in () if why else (where, f'({where})'): ds.scanner(columns=['id'], filter=condition).explain_plan()
     except (ValueError, OSError, RuntimeError) as e: why = first_line(e)  # RuntimeError: Lance gave up
@@ -192,7 +195,7 @@ def measure(
     ranked = [best_documents(ds, v) for v in vectors]
     return retrieval(ranked, [q['relevant'] for q in questions]) | dict(absent=absent, documents=len(need))
 
-# %% ../../nbs/vectors/31_search.ipynb #d587afc9
+# %% ../../nbs/vectors/31_search.ipynb #751f2027
 LOCKED = ('enable_external_access=false', 'autoinstall_known_extensions=false', 'autoload_known_extensions=false',
           'python_enable_replacements=false', 'lock_configuration=true')
 SERIES = ('range', 'generate_series', 'unnest')  # table functions that read nothing
@@ -201,7 +204,7 @@ def check_select(
     con,                    # A DuckDB connection
     query:str,              # What somebody asks
     tables:Sequence[str],   # What it may read
-) -> None:
+) -> set[str]:            # Names that may be columns in it, in small letters
     "Refuse anything but one SELECT that reads from `tables` alone."
     there = f"; it is one SELECT over {', '.join(tables)}"
     try: parsed = json.loads(con.execute('SELECT json_serialize_sql($1)', [query]).fetchall()[0][0])
@@ -210,7 +213,7 @@ def check_select(
         why = parsed['error_message'].partition('\n')[0]
         raise Refused(f"sql {query[:200]!r} is refused ({'it is no SELECT' if why.startswith('Only SELECT') else why}){there}")
     if len(parsed['statements']) != 1: raise Refused(f"sql {query!r} has {len(parsed['statements'])} statements{there}")
-    nodes, read = [parsed], set()
+    nodes, read, named = [parsed], set(), set()
     may = {t.lower() for t in tables}
     while nodes:
         node = nodes.pop()
@@ -218,11 +221,22 @@ def check_select(
             may |= {str(e['key']).lower() for e in (node.get('cte_map') or {}).get('map', ())}
             if node.get('type') == 'BASE_TABLE': read.add('.'.join(x for x in (node['catalog_name'], node['schema_name'], node['table_name']) if x))
             if node.get('type') == 'TABLE_FUNCTION' and (name := node['function']['function_name']) not in SERIES: read.add(name + '()')
+            named |= {str(x).lower() for k in ('column_names', 'using_columns') for x in node.get(k) or ()}
             nodes += node.values()
         elif isinstance(node, list): nodes += node
     if wrong := sorted(x for x in read if x.lower() not in may): raise Refused(f"sql {query!r} is refused: it reads from {', '.join(wrong)}{there}")
+    return named
 
-# %% ../../nbs/vectors/31_search.ipynb #72c328db
+# %% ../../nbs/vectors/31_search.ipynb #7ea708ef
+def _takes(ds, named:set[str]) -> bool:
+    "Whether a dataset can be given conditions on any of these columns."
+    fields = [f for f in ds.schema if f.name.lower() in named and f.name != 'vector']
+    if not hasattr(ds, 'lance_schema') or not fields: return True
+    if any(pa.types.is_nested(f.type) or pa.types.is_dictionary(f.type) for f in fields): return False
+    condition = functools.reduce(operator.and_, (pc.field(f.name).is_valid() for f in fields))
+    try: return bool(ds.scanner(columns=['id'], filter=condition).explain_plan())
+    except (ValueError, OSError, RuntimeError): return False
+
 @contextlib.contextmanager
 def asked(
     query:str, # One SELECT of DuckDB's SQL; each dataset goes by the name it was handed in under
@@ -233,14 +247,19 @@ def asked(
     import duckdb
     light = {name: [f.name for f in ds.schema if not pa.types.is_float16(getattr(f.type, 'value_type', f.type))] for name, ds in tables.items()}
     sources = {n: ds if len(light[n]) == len(ds.schema) else ds.scanner(columns=light[n]) for n, ds in tables.items()}
+    there = '; '.join(f"{n}({', '.join(columns)})" for n, columns in light.items())
+    def why(e): return Refused(f"sql {query!r} cannot be answered ({first_line(e)}); there are {there}")
+    def rows(answer):
+        try: yield from answer
+        except (duckdb.Error, pa.ArrowException, OSError) as e: raise why(e) from e
     with tempfile.TemporaryDirectory() as spill, connect(**sources) as con:
         try:
-            for setting in (f"temp_directory='{spill}'", *LOCKED): con.execute('SET ' + setting)
-            check_select(con, query, list(tables))
-            yield con.sql(query).to_arrow_reader(4096)
-        except (duckdb.Error, pa.ArrowInvalid) as e:
-            there = '; '.join(f"{n}({', '.join(light[n])})" for n in tables)
-            raise Refused(f"sql {query!r} cannot be answered ({first_line(e)}); there are {there}") from e
+            named = check_select(con, query, list(tables))
+            unpushed = '' if all(_takes(ds, named) for ds in tables.values()) else 'filter_pushdown,join_filter_pushdown'
+            for setting in (f"temp_directory='{spill}'", f"disabled_optimizers='{unpushed}'", *LOCKED): con.execute('SET ' + setting)
+            answer = con.sql(query).to_arrow_reader(4096)
+        except duckdb.Error as e: raise why(e) from e
+        yield pa.RecordBatchReader.from_batches(answer.schema, rows(answer))
 
 def sql(
     query:str, # As `asked` takes it
