@@ -204,7 +204,7 @@ def _grid(names:Sequence[str], rows:Iterable[Sequence[Any]]) -> str: # As wide a
     widths = [min(w, cap) for w in widths]
     return '\n'.join('  '.join(_cut(c, w).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in shown)
 
-# %% ../nbs/90_cli.ipynb #6307ca02
+# %% ../nbs/90_cli.ipynb #ef01337f
 def search(
     table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
     question:str,       # In words, or a sequence, or a .npy file with a vector
@@ -228,6 +228,7 @@ def search(
     return dict(table=found.name, question=question, where=where, k=k, mode=mode, model=about.get('model', ''), kept=kept, rows=rows,
                 text=_grid(first, [[r[c] for c in first] for r in rows]) if rows else 'no row')
 
+# %% ../nbs/90_cli.ipynb #7cb35cd6
 def sql(
     table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
     query:str,          # SELECT …; the table is called vectors, a Parquet file beside it by its name without the ending

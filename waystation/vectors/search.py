@@ -227,7 +227,7 @@ def check_select(
     if wrong := sorted(x for x in read if x.lower() not in may): raise Refused(f"sql {query!r} is refused: it reads from {', '.join(wrong)}{there}")
     return named
 
-# %% ../../nbs/vectors/31_search.ipynb #7ea708ef
+# %% ../../nbs/vectors/31_search.ipynb #d9737267
 def _takes(ds, named:set[str]) -> bool:
     "Whether a dataset can be given conditions on any of these columns."
     fields = [f for f in ds.schema if f.name.lower() in named and f.name != 'vector']
@@ -237,6 +237,7 @@ def _takes(ds, named:set[str]) -> bool:
     try: return bool(ds.scanner(columns=['id'], filter=condition).explain_plan())
     except (ValueError, OSError, RuntimeError): return False
 
+# %% ../../nbs/vectors/31_search.ipynb #f1836240
 @contextlib.contextmanager
 def asked(
     query:str, # One SELECT of DuckDB's SQL; each dataset goes by the name it was handed in under
