@@ -100,7 +100,7 @@ def test_journey(place, tmp_path):
     assert {"id", "vector", "größe", "title"} <= set(ds.schema.names)
     titles = ds.to_table(columns=["doc_id", "title"]).to_pylist()
     assert all(r["title"] == (None if r["doc_id"] == "dök_249" else "On " + r["doc_id"][4:]) for r in titles)
-    assert {i.name for i in ds.describe_indices()} == {"vector_idx", "größe_idx"}
+    assert {i.name for i in ds.describe_indices()} == {"vector_idx", "text_idx", "größe_idx"}
     assert card(ds)["metric"] == "cosine" and card(ds)["quarantined"] == {"empty text": 3} and report["quarantined"] == 3
 
     assert report["index_recall"]["n"] == 2 and report["index_recall"]["recall"] >= 0.95

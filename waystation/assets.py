@@ -208,7 +208,7 @@ def fetch_asset(
             if not folder.is_dir(): raise
     return folder
 
-# %% ../nbs/08_assets.ipynb #16bce2ee
+# %% ../nbs/08_assets.ipynb #866e0906
 @dataclass(frozen=True)
 class Located:
     "An input, found: where its files are on this machine, and what identifies their content."
@@ -227,12 +227,16 @@ def local_copy(
     "The files of a seal on this machine, fetched when they are missing."
     seal = store.read(name)
     home = cache()/'sealed'/f'{seal.name}-{seal.content[:8]}'
-    if not all((home/f).is_file() and (home/f).stat().st_size == entry['size'] for f, entry in seal.files.items()):
+    def whole(): return all((home/f).is_file() and (home/f).stat().st_size == entry['size'] for f, entry in seal.files.items())
+    if not whole():
         home.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=home.parent) as tmp:
             store.fetch(seal.name, Path(tmp)/'new')
+            if whole(): return home  # another process brought it meanwhile, and may be reading it
             shutil.rmtree(home, ignore_errors=True)
-            os.replace(Path(tmp)/'new', home)
+            try: os.replace(Path(tmp)/'new', home)
+            except OSError:
+                if not whole(): raise
     return home
 
 _HUB_ID = re.compile(r'[\w.-]+/[\w.-]+')
