@@ -282,7 +282,7 @@ def duration(
     return dict(hours=hours, rows_per_hour=work.rows/hours, hours_if_padded=hours*work.padded/work.flops,
                 sessions=math.ceil(hours/session_hours), session_hours=session_hours, price=rate, cost=None if rate is None else hours*rate)
 
-# %% ../../nbs/embedding/23_preflight.ipynb #b797bac9
+# %% ../../nbs/embedding/23_preflight.ipynb #103ecfe0
 ASSUMED = 0.4  # of the peak; 40% is common for large matrix multiplies, and small models reach less
 
 def reached(
@@ -301,7 +301,7 @@ def reached(
     except (Refused, Interrupted, OSError) as e: return ASSUMED, f'assumed, since earlier runs could not be read ({e})'
     runs = {seal.created: (seal.meta['tflops']/peak, seal.name.removesuffix('/report')) for seal in seals
             if seal.meta.get('tflops') and same(seal.meta.get('chips', '')) and seal.meta['tflops'] <= peak}
-    if not runs: return ASSUMED, f'assumed, not measured: no run of embed on {slice.name} is in {s.url}'
+    if not runs: return ASSUMED, f'assumed, not measured: the store has no run of embed on {slice.name}'
     share, run = runs[max(runs)]
     return share, f'measured by {run}, all its work included'
 
