@@ -414,7 +414,7 @@ def preflight(
                  peak_tflops=peak, utilisation=share, utilisation_by=by, **fit, **duration(w, slice, peak, share, session_hours, prices(store)))
     return found | dict(text=report(found), exit=0 if fit['fits'] else 4)
 
-# %% ../../nbs/embedding/23_preflight.ipynb #7d53a77d
+# %% ../../nbs/embedding/23_preflight.ipynb #f9f03b8e
 def _memory(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on whether it fits
     if f['fits'] is None: return [('memory', f['how'])]
     lacks = f"{f['needs_gib']:.2f} GiB of temporaries alone" if f['needs_gib'] else 'more than there is'
@@ -434,7 +434,8 @@ def report(f:dict[str,Any]) -> str: # Lines
     if f['devices'] > 1: lines += [('devices', f"{f['devices']}, a batch spread over them")]
     lines += [('rows', f"{f['rows']:,} of {f['tokens']/f['rows']:.0f} tokens on average (lengths: {f['lengths']}); {f['fill']:.0%} of the slots hold one"),
               ('arithmetic', f"{f['flops']/1e12:,.0f} TFLOP; {f['padded']/1e12:,.0f} if every row were padded to {f['max_tokens']:,}"),
-              ('time', f"{f['hours']:.2g} hours, {f['rows_per_hour']:,.0f} rows an hour; compiling, reading and sealing come on top"),
+              ('time', (f"{f['hours']:.3g} hours" if f['hours'] > 1 else f"{f['hours']*60:.2g} minutes") + f", {f['rows_per_hour']:,.0f} rows an hour; "
+               "compiling, reading and sealing come on top"),
               ('', f"{f['utilisation']:.0%} of {f['peak_tflops']:.3g} TFLOP/s are reached: {f['utilisation_by']}"),
               ('sessions', f"{f['sessions']:,} of {f['session_hours']:g} hours"),
               ('cost', f"{f['cost']:.2f}" if f['cost'] is not None else
