@@ -164,7 +164,7 @@ def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
 @pytest.mark.slow
 def test_kill_9_and_the_same_command(few, env, tmp_path):
     "A real process, killed between two checkpoints; the second one goes on from the first one's seals."
-    code = f"import sys; from waystation.stations.train import train; print(train(**{few | dict(max_steps=40, lora_dropout=0.1)!r} | dict(run=sys.argv[1]))['adapter_sha256'])"
+    code = f"import sys; from waystation.stations.train import train; print(train(**{few | dict(max_steps=40)!r} | dict(run=sys.argv[1]))['adapter_sha256'])"
 
     def start(run):
         return subprocess.Popen([sys.executable, "-c", code, run], env=env | {"PYTHONHASHSEED": "random"}, stdout=subprocess.PIPE, text=True)

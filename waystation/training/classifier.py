@@ -7,9 +7,9 @@ __all__ = ['TOKENS', 'CARD', 'read_labelled', 'divide', 'encoder_parts', 'load_c
            'prepare_classifier', 'answers', 'examine_classifier', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #04ef662e
+# %% ../../nbs/training/15_classifier.ipynb #6a1d54cc
 import hashlib, json, math, shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +25,7 @@ from ..monitor import progress
 from ..questions import in_held_out
 from ..rows import Rows, find_files
 from ..runtime import Refused, precision
-from .scoring import WHO, levels_table, majority, nearest, score_levels, take_over
+from .scoring import levels_table, majority, nearest, score_levels, take_over
 from .taxonomy import Labels, hierarchical_loss, label_of, likeliest_path, log_probabilities, make_labels, read_levels
 from .trainer import Course, check_numbers, fit, publish_model, quiet, told
 
@@ -77,7 +77,7 @@ def divide(
         sets[name] = sorted(held, key=digest)[:most or None]
     return train, sets
 
-# %% ../../nbs/training/15_classifier.ipynb #425ef254
+# %% ../../nbs/training/15_classifier.ipynb #8811156e
 TOKENS = 'word_embeddings'  # the table that tokens are looked up in, in each family
 
 def encoder_parts(
@@ -91,7 +91,8 @@ def encoder_parts(
         raise Refused(f"model={str(path)!r} is not an encoder that transformers can classify with ({str(e).splitlines()[0]}); give a BERT- or ESM-type folder "
                       "with config.json and safetensors") from e
     inner = [n for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and '.encoder.' in n]
-    if not inner: raise Refused(f"model={str(path)!r} is a {config.model_type} without an encoder; task='classify' takes a BERT- or ESM-type model, such as asset:minilm")
+    if not inner:
+        raise Refused(f"model={str(path)!r} is a {config.model_type} without an encoder; task='classify' takes a BERT- or ESM-type model, such as asset:minilm")
     first = 0 if config.model_type == 'bert' else (config.pad_token_id or 0) + 1
     pooler = ['pooler'] if getattr(model.base_model, 'pooler', None) is not None else []
     return [*sorted({n.split('.')[-1] for n in inner}), TOKENS], config.max_position_embeddings - first, ['classifier', *pooler]
@@ -249,14 +250,15 @@ def baselines(c:Lesson) -> dict[str,dict[str,Any]]: # Set -> who -> figures
         out[name] = {'majority': score_levels(truth, np.tile(majority(known), (len(rows), 1)), c.labels), 'neighbour': score_levels(truth, near, c.labels)}
     return out
 
-# %% ../../nbs/training/15_classifier.ipynb #0b0ca7ca
+# %% ../../nbs/training/15_classifier.ipynb #3b898349
 CARD = """---
 library_name: peft
 tags: [lora, text-classification, waystation]
 ---
 # {name}
 
-A LoRA adapter (r={lora_r}, alpha={lora_alpha}) with heads for {levels} on **{model}**, trained by waystation for {total} steps on {n_train} rows of `{data}`, in {precision}.
+A LoRA adapter (r={lora_r}, alpha={lora_alpha}) with heads for {levels} on **{model}**, trained by waystation for {total} steps on
+{n_train} rows of `{data}`, in {precision}.
 {note}
 ## How well it does
 {tables}
@@ -274,8 +276,9 @@ model = PeftModel.from_pretrained(base, "this folder")
 
 def tables(metrics:dict[str,dict[str,Any]], levels:Sequence[str]) -> str: # Markdown
     "A table for each held-out set and figure."
-    return '\n\n'.join(f"**{'Held-out rows' if name == 'rows' else 'Rows of an ' + name}**\n\n{t}" for name in metrics for f in ('accuracy', 'macro_f1', 'calibration')
-                       if (t := levels_table(metrics[name], levels, f))) + '\n'
+    def title(name): return '**Held-out rows**' if name == 'rows' else f'**Rows of an {name}**'
+    made = [(name, levels_table(metrics[name], levels, f)) for name in metrics for f in ('accuracy', 'macro_f1', 'calibration')]
+    return '\n\n'.join(f'{title(name)}\n\n{table}' for name, table in made if table) + '\n'
 
 _WEIGHTS = ('.safetensors', '.bin', '.pt', '.h5', '.msgpack', '.onnx', '.index.json')
 
@@ -285,7 +288,7 @@ def _beside(path:Path, to:Path):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in ('config.json', 'README.md', 'modules.json', '.gitattributes'):
             shutil.copyfile(file, to/file.name)
 
-# %% ../../nbs/training/15_classifier.ipynb #895824fe
+# %% ../../nbs/training/15_classifier.ipynb #4172c097
 def save_encoder(
     model:Any,         # A trained classifier; its LoRA is merged, so it ends here
     base:Path,         # The folder that it came from
@@ -302,7 +305,8 @@ def save_encoder(
     cls = dict(word_embedding_dimension=inner.config.hidden_size, pooling_mode_cls_token=True, pooling_mode_mean_tokens=False)
     (to/'1_Pooling').mkdir()
     (to/'1_Pooling/config.json').write_text(json.dumps(cls), encoding='utf-8')
-    parts = [dict(idx=i, name=str(i), path=path, type=f'sentence_transformers.models.{kind}') for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
+    parts = [dict(idx=i, name=str(i), path=path, type=f'sentence_transformers.models.{kind}')
+             for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
@@ -321,14 +325,15 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
         'tables': tables(facts['metrics'], list(c.labels.levels)), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
         'outputs': sum(c.labels.sizes), 'sizes': sizes}), encoding='utf-8')
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
-             'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job), 'steps': c.total, 'rows': c.n_train}
+             'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job),
+             'steps': c.total, 'rows': c.n_train}
     sealed = publish_model(job, job.work/'adapter', name, about | {'eval_loss': facts['eval_loss'], 'metrics': facts['metrics']})
     save_encoder(c.model, path, job.work/'encoder', f"{p['model']} tuned by run {job.run!r}")
     publish_model(job, job.work/'encoder', encoder, about)
     return {'model': name, 'encoder': encoder, 'adapter_sha256': sealed.files['adapter_model.safetensors']['sha256'],
             'labels_sha256': sealed.files['labels.json']['sha256']}
 
-# %% ../../nbs/training/15_classifier.ipynb #93ce3202
+# %% ../../nbs/training/15_classifier.ipynb #22520f4b
 def classify(
     job:Any,                             # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has
@@ -344,7 +349,8 @@ def classify(
                    for k, level in enumerate(c.labels.levels)}} for name, rows in c.sets.items()}
     shown = c.sets['rows'][:5]
     facts = {'task': 'classify', 'steps': c.total, 'n_train': c.n_train, 'n_eval': len(c.held), 'cut_rows': c.cut, 'left_out': c.left_out, **fitted, 'sets': sets,
-             'levels': list(c.labels.levels), 'classes': c.labels.sizes, 'eval_loss': {'before': before['eval_loss'], 'after': after['eval_loss']}, 'metrics': metrics,
+             'levels': list(c.labels.levels), 'classes': c.labels.sizes, 'metrics': metrics,
+             'eval_loss': {'before': before['eval_loss'], 'after': after['eval_loss']},
              'samples': [dict(question=r['text'][:60], expected=' > '.join(r[x] or '?' for x in c.labels.levels), before=b, after=a)
                          for r, b, a in zip(shown, before['outputs'], after['outputs'], strict=True)],
              'precision': c.precision, 'why': c.why}

@@ -127,11 +127,11 @@ class Keeper(SealCallback):
                           'step was sealed: lower learning_rate, or look at the data')
         return super().seal(folder, step, meta)
 
-# %% ../../nbs/training/14_trainer.ipynb #e3f2d97b
+# %% ../../nbs/training/14_trainer.ipynb #efa79f07
 @dataclass
 class Course:
     "One training run, ready to begin: everything was read and checked."
-    trainer: Tuner       # Has the rows and the model
+    trainer: Any         # A Trainer that has the rows and the model
     model: Any           # The frozen model with its new adapter
     tokenizer: Any       # Of the model
     held: list[dict]     # Held-out rows
