@@ -46,6 +46,7 @@ def rows(path, n=120, **change):
     for i in range(n):
         genus = list(weights)[i % 4]
         made.append(dict(sequence="".join(rng.choices("ACGT", weights[genus], k=60)), kingdom="K", phylum=parent[genus], genus=None if i % 7 == 3 else genus))
+        made[-1]["depth"] = None if i % 5 == 2 else (-50.0 if parent[genus] == "Pa" else -400.0) + rng.random()
     made[0] |= change
     path.write_text("".join(json.dumps(r) + "\n" for r in made))
     return str(path)
@@ -120,14 +121,13 @@ def test_one_flat_label_from_csv(go, model, tmp_path):
     lines = ["text,intent", *(f"{'ACGGTC' * (i % 5 + 1)}{'ACGT'[i % 4] * 9},{['pay', 'ask', 'close'][i % 3]}" for i in range(60))]
     (tmp_path / "intents.csv").write_text("\n".join(dict.fromkeys(lines)) + "\n")
     kept = {}
-    answers, pytest_ids = classifier.answers, []
+    answers = classifier.answers
 
-    def spy(model, ids, labels, tick):
+    def spy(model, data, labels, tick):
         with torch.inference_mode():
-            batch = classifier.collate([{"input_ids": i} for i in ids], 1)
+            batch = classifier.collate(data, 1)
             kept["logits"], kept["batch"] = model.eval()(**batch).logits, batch
-        pytest_ids.append(ids)
-        return answers(model, ids, labels, tick)
+        return answers(model, data, labels, tick)
 
     with pytest.MonkeyPatch.context() as m:
         m.setattr(classifier, "answers", spy)
@@ -138,9 +138,9 @@ def test_one_flat_label_from_csv(go, model, tmp_path):
         torch.testing.assert_close(found(**kept["batch"]).logits, kept["logits"], atol=1e-5, rtol=1e-4)
 
 
-@pytest.mark.parametrize("stop_at", [2, 6])
-def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
-    whole = go(store=str(tmp_path / "undisturbed"))
+@pytest.mark.parametrize("stop_at, features", [(2, ""), (4, "depth"), (6, "")])
+def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at, features):
+    whole = go(store=str(tmp_path / "undisturbed"), features=features)
     from waystation.recipe import Job
 
     seal = Job.seal
@@ -153,12 +153,29 @@ def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
 
     monkeypatch.setattr(Job, "seal", cut)
     with pytest.raises(KeyboardInterrupt):
-        go()
+        go(features=features)
     monkeypatch.setattr(Job, "seal", seal)
-    resumed = go()
+    resumed = go(features=features)
     assert resumed["resumed_from"] == stop_at
     for key in ("adapter_sha256", "labels_sha256", "loss", "evals", "metrics", "eval_loss", "samples"):
         assert resumed[key] == whole[key], key
+
+
+def test_features_beside_the_sequence(go, model, tmp_path):
+    "What depth tells is learnt by a branch that is saved, and whoever does not know of it loads the rest."
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    r = go(features="depth", labels="phylum,genus", max_steps=30, learning_rate=0.02, lora_dropout=0.0)
+    seen = r["metrics"]["rows"]
+    assert {"tuned_text", "tuned_features"} <= set(seen)
+    n = seen["tuned_features"]["accuracy"]["phylum"]
+    assert n["hits"] >= 0.75 * n["n"], "four of five samples have a depth, and it decides"
+    assert json.loads(Path(r["adapter"], "features.json").read_text())["columns"] == ["depth"]
+    sizes = Labels.load(f"{r['adapter']}/labels.json").sizes
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=sum(sizes))
+    found = PeftModel.from_pretrained(base, r["adapter"]).eval()
+    assert found(torch.arange(3, 23)[None]).logits.shape == (1, sum(sizes))
 
 
 @pytest.mark.slow
@@ -185,7 +202,7 @@ def test_kill_9_and_the_same_command(few, env, tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"labels": "kingdom,phyllum"}, r"labels: .* has no column 'phyllum'; its columns are sequence, kingdom, phylum, genus"),
+        ({"labels": "kingdom,phyllum"}, r"labels: .* has no column 'phyllum'; its columns are sequence, kingdom, phylum, genus, depth"),
         ({"labels": ""}, "labels='' names nothing"),
         ({"labels": "phylum,phylum"}, "'phylum' twice"),
         ({"labels": "phylum=heavy"}, "'phylum=heavy' is not a level"),
@@ -193,6 +210,8 @@ def test_kill_9_and_the_same_command(few, env, tmp_path):
         ({"text": "seq"}, "text: .* has no column 'seq'"),
         ({"held_out": "family"}, "held_out: .* has no column 'family'"),
         ({"held_out": "kingdom"}, "held_out"),
+        ({"features": "deepness"}, "features: .* has no column 'deepness'"),
+        ({"features": "genus"}, "features: genus='G[a-z]+' is not a number"),
         ({"method": "qlora"}, "method='qlora'"),
         ({"target_modules": "query,q_proj"}, "no q_proj; its linear modules are dense, key, query, value, word_embeddings"),
         ({"max_length": 65}, "beyond the model's 64 positions"),
@@ -223,13 +242,11 @@ def test_a_class_that_was_seen_once(go, tmp_path):
 
 def test_label_maps_are_the_same_in_every_process(tmp_path):
     "Whatever the seed of `hash` and the order of rows."
-    code = (
-        "import sys, random; from waystation.training.taxonomy import *; rows = [dict(a=f'c{i % 7}', b=f'é{i % 29}') for i in range(500)]; "
-        "random.Random(sys.argv[1]).shuffle(rows); make_labels(read_levels('a,b'), rows).save(sys.argv[2])"
-    )
-    for seed in "12":
-        subprocess.run([sys.executable, "-c", code, seed, tmp_path / seed], env=os.environ | {"PYTHONHASHSEED": seed}, check=True)
-    assert (tmp_path / "1").read_bytes() == (tmp_path / "2").read_bytes()
+    data = [dict(a=f"c{i % 7}", b=f"é{i % 29}") for i in range(500)]
+    make_labels(read_levels("a,b"), data).save(tmp_path / "here")
+    code = "import sys; from waystation.training.taxonomy import *; make_labels(read_levels('a,b'), eval(sys.argv[1])[::-1]).save(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, repr(data), tmp_path / "there"], env=os.environ | {"PYTHONHASHSEED": "1"}, check=True)
+    assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
 
 
 def test_a_missing_rank_teaches_nothing(go, tmp_path):

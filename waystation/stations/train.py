@@ -11,7 +11,7 @@ from typing import Any
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/2_train.ipynb #44591b23
+# %% ../../nbs/stations/2_train.ipynb #1a98bab4
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -26,6 +26,8 @@ def train(
     text:str='text',       # classify: column with the text or sequence
     labels:str='',         # classify: columns with labels, from the widest level to the narrowest, as phylum=1.8,genus=0.8: weights in the loss
     held_out:str='',       # classify: a column of which a tenth of the values is held out whole, such as genus; '' for none
+    features:str='',       # classify: columns with numbers beside the text, such as depth,latitude,longitude; '' for none
+    feature_weight:float=.5, # classify: weight of the loss of what the features say alone
     method:str='',         # 'qlora' (frozen weights in 4 bits) or 'lora'; '' for qlora, and lora for classify
     epochs:int=1,          # Times through the rows, when max_steps is 0
     max_steps:int=50,      # Optimizer steps; 0 to go by epochs

@@ -7,9 +7,9 @@ __all__ = ['TOKENS', 'CARD', 'read_labelled', 'divide', 'encoder_parts', 'load_c
            'prepare_classifier', 'answers', 'examine_classifier', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #6a1d54cc
+# %% ../../nbs/training/15_classifier.ipynb #460d6889
 import hashlib, json, math, shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,24 +25,25 @@ from ..monitor import progress
 from ..questions import in_held_out
 from ..rows import Rows, find_files
 from ..runtime import Refused, precision
+from .features import Branch, Features, make_features
 from .scoring import levels_table, majority, nearest, score_levels, take_over
 from .taxonomy import Labels, hierarchical_loss, label_of, likeliest_path, log_probabilities, make_labels, read_levels
 from .trainer import Course, check_numbers, fit, publish_model, quiet, told
 
-# %% ../../nbs/training/15_classifier.ipynb #442a88a0
+# %% ../../nbs/training/15_classifier.ipynb #d10286c9
 def read_labelled(
     source:str|Path,        # What `Rows` opens
     text:str,               # Column with the text or sequence
     levels:Sequence[str],   # Columns with labels, from the widest level to the narrowest
-    more:Sequence[str]=(),  # Other columns that are needed
+    more:Mapping[str,Sequence[str]]|None=None, # Other columns that are needed, by the parameter that names them
 ) -> tuple[list[dict[str,str]], dict[str,int]]: # Rows with 'text' and those columns as text, '' where missing; what was left out, by reason
     "Rows to classify; those without text or without any label are counted, not learnt."
     for file in find_files(source)[:1]:
         there = list(look(file).columns)
-        for role, names in (('text', [text]), ('labels', levels), ('held_out', more)):
+        for role, names in {'text': [text], 'labels': levels, **(more or {})}.items():
             if wrong := [n for n in names if n not in there]:
                 raise Refused(f"{role}: {source} has no column {', '.join(map(repr, wrong))}; its columns are {', '.join(there)}")
-    keep = list(dict.fromkeys([*levels, *more]))
+    keep = list(dict.fromkeys([*levels, *(c for names in (more or {}).values() for c in names)]))
     rows, out = [], dict(no_text=0, no_label=0)
     for batch in Rows(source, id=text, text=text, keep=keep).batches():
         for r in batch.to_pylist():
@@ -97,45 +98,49 @@ def encoder_parts(
     pooler = ['pooler'] if getattr(model.base_model, 'pooler', None) is not None else []
     return [*sorted({n.split('.')[-1] for n in inner}), TOKENS], config.max_position_embeddings - first, ['classifier', *pooler]
 
-# %% ../../nbs/training/15_classifier.ipynb #f86dbd67
+# %% ../../nbs/training/15_classifier.ipynb #d635a63d
 def load_classifier(
     path:str|Path,        # A model folder
     labels:Labels,
     p:dict[str,Any],      # Parameters: seed, lora_r, lora_alpha, lora_dropout, target_modules
+    beside:Features|None=None, # Numbers beside the text
 ) -> Any:
-    "The frozen encoder with LoRA, and one row of the last layer for each class of each level."
+    "The frozen encoder with LoRA, and one row of the last layer for each class of each level; the branch with as many."
     _, _, whole = encoder_parts(path)
     transformers.set_seed(p['seed'])  # heads and LoRA begin at random
     config = AutoConfig.from_pretrained(path, num_labels=sum(labels.sizes), hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
     model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+    if beside: model.branch, whole = Branch(2*len(beside.columns), sum(labels.sizes)), [*whole, 'branch']
     wanted = '|'.join(t.strip() for t in p['target_modules'].split(',') if t.strip())
     return get_peft_model(model, LoraConfig(r=p['lora_r'], lora_alpha=p['lora_alpha'], lora_dropout=p['lora_dropout'], task_type='SEQ_CLS',
                                             target_modules=rf'.*\.(encoder\..*|embeddings)\.({wanted})', modules_to_save=whole))
 
-# %% ../../nbs/training/15_classifier.ipynb #3660c362
+# %% ../../nbs/training/15_classifier.ipynb #01690c81
 def collate(
-    rows:Sequence[dict[str,Any]], # input_ids, and perhaps labels
+    rows:Sequence[dict[str,Any]], # input_ids, perhaps labels and numbers
     pad:int,                      # Token for empty slots
 ) -> dict[str,torch.Tensor]:
     "Rows of one length."
     width = max(len(r['input_ids']) for r in rows)
     ids = torch.tensor([[*r['input_ids'], *[pad]*(width - len(r['input_ids']))] for r in rows])
     mask = torch.tensor([[1]*len(r['input_ids']) + [0]*(width - len(r['input_ids'])) for r in rows])
-    more = {'labels': torch.tensor([r['labels'] for r in rows])} if 'labels' in rows[0] else {}
-    return {'input_ids': ids, 'attention_mask': mask, **more}
+    return {'input_ids': ids, 'attention_mask': mask} | {k: torch.tensor([r[k] for r in rows]) for k in ('labels', 'numbers') if k in rows[0]}
 
 class Sorter(Trainer):
     "transformers' Trainer with the loss over all levels, and a count of the tokens it was shown."
     tokens = 0
     labels:Labels
+    feature_weight = 0.
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'])
         if model.training: self.tokens += int(inputs['attention_mask'].sum())
-        loss = hierarchical_loss(out.logits.float(), inputs['labels'], self.labels.sizes, list(self.labels.levels.values()))
+        how = inputs['labels'], self.labels.sizes, list(self.labels.levels.values())
+        loss = hierarchical_loss(out.logits.float(), *how)
+        if 'numbers' in inputs: loss = loss + self.feature_weight*hierarchical_loss(model.base_model.model.branch(inputs['numbers']).float(), *how)
         return (loss, out) if return_outputs else loss
 
-# %% ../../nbs/training/15_classifier.ipynb #074b0623
+# %% ../../nbs/training/15_classifier.ipynb #c7726aff
 @dataclass
 class Lesson(Course):
     "A course that ends in classes: everything was read and checked."
@@ -143,7 +148,8 @@ class Lesson(Course):
     train:list[dict[str,str]]                   # Training rows
     sets:dict[str,list[dict[str,str]]]          # Held-out sets
     left_out:dict[str,int]                      # Rows without text or label
-    ids:dict[str,list[list[int]]]               # Token ids of the held-out sets
+    held_data:dict[str,list[dict[str,Any]]]     # input_ids of the held-out sets, and their numbers if there are any
+    beside:Features|None                        # Numbers beside the text
 
 def _config(p:dict[str,Any], work:Path, total:int, dtype:str) -> TrainingArguments:
     "The parameters in Trainer's words. Nothing is reported or saved on its own; the callback does both."
@@ -155,13 +161,15 @@ def _config(p:dict[str,Any], work:Path, total:int, dtype:str) -> TrainingArgumen
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True, label_names=['labels'],
         remove_unused_columns=False, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/15_classifier.ipynb #33d92b7e
+# %% ../../nbs/training/15_classifier.ipynb #a5f179cd
 def _read(job:Any) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], dict[str,int], dict[str,float]]:
     "Training rows, held-out sets, what was left out, and the levels of a job."
     p = job.params
-    levels, more = read_levels(p['labels']), [p['held_out']] if p['held_out'] else []
+    levels = read_levels(p['labels'])
+    beside = {'features': [c.strip() for c in p['features'].split(',') if c.strip()]}
+    more = beside | {'held_out': [p['held_out']] if p['held_out'] else []}
     rows, left_out = read_labelled(job.inputs['data'].rows, p['text'], list(levels), more)
-    given = read_labelled(job.inputs['eval_data'].rows, p['text'], list(levels))[0] if 'eval_data' in job.inputs else None
+    given = read_labelled(job.inputs['eval_data'].rows, p['text'], list(levels), beside)[0] if 'eval_data' in job.inputs else None
     train, sets = divide(rows, p['held_out'], given, most=p['eval_rows'])
     return train, sets, left_out, levels
 
@@ -171,6 +179,7 @@ def _tokens(tokenizer:Any, rows:list[dict[str,str]], most:int) -> tuple[list[lis
     room = most - tokenizer.extra
     return [tokenizer.wrap(ids[:room]).tolist() for ids in found], sum(len(ids) > room for ids in found)
 
+# %% ../../nbs/training/15_classifier.ipynb #db481598
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -190,54 +199,70 @@ def prepare_classifier(
     total = p['max_steps'] or math.ceil(per_epoch*p['epochs'])
     if total <= 0: raise Refused(f"epochs={p['epochs']} and max_steps={p['max_steps']} make no step; give one of them")
     check_numbers(p, total, linear, positions)
+    if p['feature_weight'] < 0: raise Refused(f"feature_weight={p['feature_weight']} must not be below 0")
     tokenizer = read_tokenizer(path)
     ids, cut = _tokens(tokenizer, train, p['max_length'])
     held = {name: _tokens(tokenizer, rows, p['max_length']) for name, rows in sets.items()}
-    def as_data(ids, rows): return Dataset.from_dict(dict(input_ids=ids, labels=labels.numbers(rows).tolist()))
+    beside = make_features([c.strip() for c in p['features'].split(',')], train) if p['features'] else None
+    def shown(ids, rows): return dict(input_ids=ids) | (dict(numbers=beside.numbers(rows).tolist()) if beside else {})
+    def as_rows(columns): return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
+    def as_data(ids, rows): return Dataset.from_dict(shown(ids, rows) | dict(labels=labels.numbers(rows).tolist()))
     dtype, why = precision()
-    model = load_classifier(path, labels, p)
+    model = load_classifier(path, labels, p, beside)
     pad = model.config.pad_token_id or 0
     trainer = Sorter(model, args=_config(p, job.work, total, dtype), train_dataset=as_data(ids, train), eval_dataset=as_data(held['rows'][0], sets['rows']),
                      data_collator=lambda rows: collate(rows, pad))
-    trainer.labels = labels
+    trainer.labels, trainer.feature_weight = labels, p['feature_weight']
     trainer.model_accepts_loss_kwargs = False  # our loss is a mean, so Trainer must divide it by grad_accum
     trainer.remove_callback(PrinterCallback)
     every = [r for rows in sets.values() for r in rows]
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(every), 'train')
     return Lesson(trainer, model, tokenizer, every, len(train), total, cut + sum(n for _, n in held.values()), 0, dtype, why, bar,
-                  labels, train, sets, left_out, {name: i for name, (i, _) in held.items()})
+                  labels, train, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
 
-# %% ../../nbs/training/15_classifier.ipynb #47cc09e9
+# %% ../../nbs/training/15_classifier.ipynb #6b744c34
 def answers(
     model:Any,                # A classifier
-    ids:list[list[int]],      # Token ids
+    data:Sequence[dict[str,Any]], # input_ids, and numbers where there is a branch
     labels:Labels,
     tick:Callable[[int],Any]=lambda n: None, # Told how many rows were answered
-) -> dict[str,np.ndarray]:    # tuned, tuned_path [rows, levels]; sure, sure_path likewise
+) -> dict[str,np.ndarray]:    # [rows, levels]: said, path, sure (of said), sure_path; said_text and said_features where both answer
     "What the heads say, each for itself and along the likeliest path."
-    order, was = sorted(range(len(ids)), key=lambda i: (len(ids[i]), i)), model.training
-    found = {k: np.zeros((len(ids), len(labels.levels)), t) for k, t in (('said', np.int64), ('path', np.int64), ('sure', np.float64), ('sure_path', np.float64))}
+    order, was = sorted(range(len(data)), key=lambda i: (len(data[i]['input_ids']), i)), model.training
+    found:dict[str,np.ndarray] = {}
+    def keep(key, rows, values): found.setdefault(key, np.zeros((len(data), len(labels.levels)), values.dtype))[rows] = values
+    def best(logits): return np.stack([x.argmax(1) for x in log_probabilities(logits, labels.sizes)], 1)
     model.eval()
-    for at in range(0, len(ids), 64):
+    for at in range(0, len(data), 64):
         rows = order[at:at + 64]
-        batch = {k: v.to(model.device) for k, v in collate([{'input_ids': ids[i]} for i in rows], model.config.pad_token_id or 0).items()}
-        with torch.inference_mode(): logs = log_probabilities(model(**batch).logits.float().cpu().numpy(), labels.sizes)
-        for which, sure, path in (('said', 'sure', np.stack([x.argmax(1) for x in logs], 1)), ('path', 'sure_path', likeliest_path(logs, labels))):
-            found[which][rows] = path
-            found[sure][rows] = np.stack([np.exp(x[np.arange(len(rows)), path[:, k]]) for k, x in enumerate(logs)], 1)
+        batch = {k: v.to(model.device) for k, v in collate([data[i] for i in rows], model.config.pad_token_id or 0).items()}
+        with torch.inference_mode():
+            numbers = batch.pop('numbers', None)
+            logits = model(**batch).logits.float().cpu().numpy()
+            if numbers is not None:
+                more = model.base_model.model.branch(numbers).float().cpu().numpy()
+                keep('said_text', rows, best(logits)); keep('said_features', rows, best(more))
+                logits = logits + more
+        logs = log_probabilities(logits, labels.sizes)
+        for which, sure, path in (('said', 'sure', best(logits)), ('path', 'sure_path', likeliest_path(logs, labels))):
+            keep(which, rows, path)
+            keep(sure, rows, np.stack([np.exp(x[np.arange(len(rows)), path[:, k]]) for k, x in enumerate(logs)], 1))
         tick(len(rows))
     model.train(was)
     return found
 
+# %% ../../nbs/training/15_classifier.ipynb #2b6b01ea
 def examine_classifier(c:Lesson, who:str) -> dict[str,Any]: # 'base' or 'tuned' -> eval_loss, metrics by set and who, outputs of the first rows
     "Held-out loss and figures of the model as it is now."
     known = [x['eval_loss'] for x in c.trainer.state.log_history if x['step'] == c.total and 'eval_loss' in x]
     loss = known[-1] if known else c.trainer.evaluate()['eval_loss']
     metrics, outputs = {}, []
     for name, rows in c.sets.items():
-        truth, found = c.labels.numbers(rows), answers(c.model, c.ids[name], c.labels, c.bar.update)
+        truth, found = c.labels.numbers(rows), answers(c.model, c.held_data[name], c.labels, c.bar.update)
         metrics[name] = {who: score_levels(truth, found['said'], c.labels, found['sure'])}
         if len(c.labels.levels) > 1 and who == 'tuned': metrics[name]['tuned_path'] = score_levels(truth, found['path'], c.labels, found['sure_path'])
+        for part in ('text', 'features'):
+            if who == 'tuned' and f'said_{part}' in found: metrics[name][f'tuned_{part}'] = score_levels(truth, found[f'said_{part}'], c.labels)
         if name == 'rows': outputs = [c.labels.path(x) for x in found['said'][:5].tolist()]
     return {'eval_loss': round(loss, 6), 'metrics': metrics, 'outputs': outputs}
 
@@ -250,7 +275,7 @@ def baselines(c:Lesson) -> dict[str,dict[str,Any]]: # Set -> who -> figures
         out[name] = {'majority': score_levels(truth, np.tile(majority(known), (len(rows), 1)), c.labels), 'neighbour': score_levels(truth, near, c.labels)}
     return out
 
-# %% ../../nbs/training/15_classifier.ipynb #3b898349
+# %% ../../nbs/training/15_classifier.ipynb #ae99901e
 CARD = """---
 library_name: peft
 tags: [lora, text-classification, waystation]
@@ -271,14 +296,20 @@ from transformers import AutoModelForSequenceClassification
 base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels={outputs})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
-`{model}` was read from `{path}`. Output i is class i of `labels.json`, whose levels stand side by side ({sizes}).
+`{model}` was read from `{path}`. Output i is class i of `labels.json`, whose levels stand side by side.
 """
 
-def tables(metrics:dict[str,dict[str,Any]], levels:Sequence[str]) -> str: # Markdown
-    "A table for each held-out set and figure."
+def tables(
+    metrics:dict[str,dict[str,Any]], # Held-out set -> who -> figures
+    levels:Sequence[str],            # Names
+    classes:Sequence[int],           # Of each level
+) -> str:                            # Markdown
+    "A table for each held-out set and figure, and how many classes there are to choose from."
     def title(name): return '**Held-out rows**' if name == 'rows' else f'**Rows of an {name}**'
     made = [(name, levels_table(metrics[name], levels, f)) for name in metrics for f in ('accuracy', 'macro_f1', 'calibration')]
-    return '\n\n'.join(f'{title(name)}\n\n{table}' for name, table in made if table) + '\n'
+    chosen = ', '.join(f'{level} {n}' for level, n in zip(levels, classes, strict=True))
+    alone = ''.join(f' With one class, {level} is always right.' for level, n in zip(levels, classes, strict=True) if n == 1)
+    return '\n\n'.join([*(f'{title(name)}\n\n{table}' for name, table in made if table), f'Classes to choose from: {chosen}.{alone}\n'])
 
 _WEIGHTS = ('.safetensors', '.bin', '.pt', '.h5', '.msgpack', '.onnx', '.index.json')
 
@@ -288,7 +319,7 @@ def _beside(path:Path, to:Path):
         if file.is_file() and not file.name.endswith(_WEIGHTS) and file.name not in ('config.json', 'README.md', 'modules.json', '.gitattributes'):
             shutil.copyfile(file, to/file.name)
 
-# %% ../../nbs/training/15_classifier.ipynb #4172c097
+# %% ../../nbs/training/15_classifier.ipynb #2c25c527
 def save_encoder(
     model:Any,         # A trained classifier; its LoRA is merged, so it ends here
     base:Path,         # The folder that it came from
@@ -309,6 +340,7 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
+# %% ../../nbs/training/15_classifier.ipynb #2f7a6dd0
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
     "Seal adapter and encoder, and point their `current` at them."
     p, path = job.params, job.inputs['model'].path
@@ -318,12 +350,13 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     c.model.save_pretrained(job.work/'adapter')
     _beside(path, job.work/'adapter')
     c.labels.save(job.work/'adapter/labels.json')
-    sizes = ', '.join(f'{level} {n}' for level, n in zip(c.labels.levels, c.labels.sizes, strict=True))
+    if c.beside: c.beside.save(job.work/'adapter/features.json')
     note = '' if 'kmer-random' not in p['model'] else '\nThe base encoder was **never trained**: its weights are random from a seed.\n'
+    if c.beside: note += f"\nA branch over {p['features']} (scaled as features.json says) was trained beside it; loaded as below, the text answers alone.\n"
     (job.work/'adapter/README.md').write_text(CARD.format(**{
         **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': c.total, 'n_train': c.n_train, 'precision': c.precision, 'note': note, 'path': path,
-        'tables': tables(facts['metrics'], list(c.labels.levels)), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
-        'outputs': sum(c.labels.sizes), 'sizes': sizes}), encoding='utf-8')
+        'tables': tables(facts['metrics'], list(c.labels.levels), c.labels.sizes), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
+        'outputs': sum(c.labels.sizes)}), encoding='utf-8')
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
              'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job),
              'steps': c.total, 'rows': c.n_train}

@@ -16,7 +16,7 @@ import numpy as np
 from .evaluate import wilson
 from .taxonomy import Labels, consistent
 
-# %% ../../nbs/training/13_scoring.ipynb #9414bfe4
+# %% ../../nbs/training/13_scoring.ipynb #ec761861
 def macro_f1(
     truth:np.ndarray,      # [rows] classes
     said:np.ndarray,       # [rows] classes
@@ -42,10 +42,10 @@ def interval(
     *columns:np.ndarray,          # [rows] each
     draws:int=200,                # Samples, of as many rows, drawn with replacement from a fixed seed
 ) -> dict[str,Any]:               # value, n, low, high
-    "A figure that is no count, with its 95% bootstrap interval."
-    rng, n = np.random.default_rng(0), len(columns[0])
-    drawn = sorted(figure(*(c[i] for c in columns)) for i in (rng.integers(0, n, n) for _ in range(draws)))
-    return dict(value=round(figure(*columns), 4), n=n, low=round(drawn[int(.025*draws)], 4), high=round(drawn[int(.975*draws) - 1], 4))
+    "A share that is no count, with its 95% interval: 1.96 standard deviations of what such samples give, on each side."
+    rng, n, value = np.random.default_rng(0), len(columns[0]), figure(*columns)
+    far = 1.959964*float(np.std([figure(*(c[i] for c in columns)) for i in (rng.integers(0, n, n) for _ in range(draws))]))
+    return dict(value=round(value, 4), n=n, low=round(max(0., value - far), 4), high=round(min(1., value + far), 4))
 
 # %% ../../nbs/training/13_scoring.ipynb #6f2f8c68
 def score_levels(
@@ -115,9 +115,9 @@ def majority(
     "The class of each level that most training rows have, the first of equals."
     return np.array([np.bincount(c[c >= 0]).argmax() for c in numbers.T])
 
-# %% ../../nbs/training/13_scoring.ipynb #6d8019ec
+# %% ../../nbs/training/13_scoring.ipynb #e1c99730
 WHO = {'majority': 'largest class', 'base': 'base: encoder as it came, heads untrained', 'neighbour': 'nearest training row by 6-mers or letters', 'tuned': 'tuned',
-       'tuned_path': 'tuned, path enforced'}
+       'tuned_path': 'tuned, path enforced', 'tuned_text': 'tuned, text alone', 'tuned_features': 'tuned, features alone'}
 
 def levels_table(
     metrics:dict[str,dict], # Who -> what `score_levels` said

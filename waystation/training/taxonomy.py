@@ -88,12 +88,12 @@ class Labels:
         doc = json.loads(Path(file).read_text(encoding='utf-8'))
         return cls(dict(doc['levels']), doc['names'], [[(a, b) for a, b in p] for p in doc['pairs']])
 
-# %% ../../nbs/training/11_taxonomy.ipynb #20756d71
+# %% ../../nbs/training/11_taxonomy.ipynb #80047006
 def make_labels(
     levels:dict[str,float],             # Level -> weight, from the widest to the narrowest
     rows:Sequence[Mapping[str,Any]],    # Training rows
 ) -> Labels:
-    "The label maps of some rows; a level with fewer than two classes has nothing to tell apart, and says so."
+    "The label maps of some rows; refused when no level has two classes."
     values = [[label_of(r.get(level)) for level in levels] for r in rows]
     names = [sorted({v[k] for v in values} - {''}) for k in range(len(levels))]
     if empty := [level for level, n in zip(levels, names, strict=True) if not n]:
