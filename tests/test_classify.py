@@ -138,6 +138,25 @@ def test_one_flat_label_from_csv(go, model, tmp_path):
         torch.testing.assert_close(found(**kept["batch"]).logits, kept["logits"], atol=1e-5, rtol=1e-4)
 
 
+def test_a_protein_model(go, tmp_path):
+    "ESM has rotary positions, a vocabulary of letters and no pooler; LoRA, heads and the sealed encoder are the same."
+    from transformers import EsmConfig, EsmModel
+
+    from waystation.embedding.engine import embed_texts
+
+    torch.manual_seed(0)
+    letters = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    EsmModel(EsmConfig(vocab_size=33, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=66,
+                       pad_token_id=1, mask_token_id=32, position_embedding_type="rotary", token_dropout=True),
+             add_pooling_layer=False).save_pretrained(tmp_path / "esm")  # fmt: skip
+    (tmp_path / "esm/vocab.txt").write_text("\n".join(letters))
+    made = [dict(text="".join(random.Random(i).choices("LAGVSE" if i % 2 else "KRTDNQ", k=20)), family="ab"[i % 2]) for i in range(60)]
+    (tmp_path / "proteins.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
+    r = go(model=str(tmp_path / "esm"), data=str(tmp_path / "proteins.jsonl"), text="text", labels="family", max_steps=20, learning_rate=0.02, eval_steps=0)
+    assert r["metrics"]["rows"]["tuned"]["accuracy"]["family"]["hits"] == r["sets"]["rows"]["rows"], "two alphabets that share no letter"
+    assert embed_texts(r["encoder_folder"], ["LAGV", "KRTD"], "", 0, 0, "").shape == (2, 32)
+
+
 @pytest.mark.parametrize("stop_at, features", [(2, ""), (4, "depth"), (6, "")])
 def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at, features):
     whole = go(store=str(tmp_path / "undisturbed"), features=features)
