@@ -39,11 +39,12 @@ def read_levels(
     if not any(found.values()): raise Refused(f"labels={said!r}: every weight is 0, so there is nothing to learn; give one level a weight")
     return found
 
-# %% ../../nbs/training/11_taxonomy.ipynb #17b32d14
+# %% ../../nbs/training/11_taxonomy.ipynb #711e854e
 def label_of(value:Any) -> str: # '' for a missing one
     "A label as text: numbers as they are written, blanks as missing."
     return (canonical(value) or '').strip()
 
+# %% ../../nbs/training/11_taxonomy.ipynb #0bb97185
 @dataclass(frozen=True)
 class Labels:
     "The classes of each level in a fixed order, and which stand under which."
