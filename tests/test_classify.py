@@ -151,8 +151,11 @@ def test_a_protein_model(go, tmp_path):
              add_pooling_layer=False).save_pretrained(tmp_path / "esm")  # fmt: skip
     (tmp_path / "esm/vocab.txt").write_text("\n".join(letters))
     made = [dict(text="".join(random.Random(i).choices("LAGVSE" if i % 2 else "KRTDNQ", k=20)), family="ab"[i % 2]) for i in range(60)]
-    (tmp_path / "proteins.jsonl").write_text("".join(json.dumps(r) + "\n" for r in made))
-    r = go(model=str(tmp_path / "esm"), data=str(tmp_path / "proteins.jsonl"), text="text", labels="family", max_steps=20, learning_rate=0.02, eval_steps=0)
+    for name, some in (("data", made[:48]), ("eval_data", made[48:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    files = {k: str(tmp_path / f"{k}.jsonl") for k in ("data", "eval_data")}
+    r = go(model=str(tmp_path / "esm"), text="text", labels="family", max_steps=20, learning_rate=0.02, eval_steps=0, **files)
+    assert (r["n_train"], r["sets"]["rows"]["rows"]) == (48, 12)
     assert r["metrics"]["rows"]["tuned"]["accuracy"]["family"]["hits"] == r["sets"]["rows"]["rows"], "two alphabets that share no letter"
     assert embed_texts(r["encoder_folder"], ["LAGV", "KRTD"], "", 0, 0, "").shape == (2, 32)
 
@@ -229,6 +232,7 @@ def test_kill_9_and_the_same_command(few, env, tmp_path):
         ({"text": "seq"}, "text: .* has no column 'seq'"),
         ({"held_out": "family"}, "held_out: .* has no column 'family'"),
         ({"held_out": "kingdom"}, "held_out"),
+        ({"data": "nothing.csv"}, "data='nothing.csv' does not exist"),
         ({"features": "deepness"}, "features: .* has no column 'deepness'"),
         ({"features": "genus"}, "features: genus='G[a-z]+' is not a number"),
         ({"method": "qlora"}, "method='qlora'"),

@@ -24,7 +24,7 @@ from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #f5e27da6
+# %% ../nbs/09_recipe.ipynb #f72a5053
 # Parameters that say how a step is run, not what it computes.
 HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'workers', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
 INPUTS = ('model', 'data', 'eval_data', 'source', 'metadata', 'questions')
@@ -36,11 +36,15 @@ def locate(
 ) -> dict[str,Located]:    # Input parameter -> where it is; those that are not given are left out
     "Find every input of a step."
     wanted = {k: params[k] for k in INPUTS if params.get(k)}
-    # Rows to classify are read as rows to embed are: any format, any place.
-    if params.get('task') == 'classify': return {k: resolve(v, 'source' if k in ('data', 'eval_data') else k, store) for k, v in wanted.items()}
+    if params.get('task') == 'classify': return {k: resolve(v, k, store) if k == 'model' else _labelled(k, v, store) for k, v in wanted.items()}
     # An asset that has rows to learn from also has the rows that were held out from them.
     if str(params.get('data', '')).startswith('asset:') and params.get('eval_data') == '': wanted['eval_data'] = params['data']
     return {k: resolve(v, k, store) for k, v in wanted.items()}
+
+def _labelled(key:str, value:str, store:Store) -> Located:
+    "Rows to classify are found as rows to embed are: any format, any place."
+    try: return resolve(value, 'source', store)
+    except Refused as e: raise Refused(str(e).replace('source=', f'{key}=', 1)) from e
 
 def identity(
     params:dict[str,Any],       # A station's arguments

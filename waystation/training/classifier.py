@@ -7,12 +7,14 @@ __all__ = ['TOKENS', 'CARD', 'read_labelled', 'divide', 'encoder_parts', 'load_c
            'prepare_classifier', 'answers', 'examine_classifier', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #460d6889
+# %% ../../nbs/training/15_classifier.ipynb #29cbe95b
 import hashlib, json, math, shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from .trainer import Course, check_numbers, fit, publish_model, quiet, told  # first: it quietens what peft says when it is imported
 
 import numpy as np
 import torch, transformers
@@ -28,7 +30,6 @@ from ..runtime import Refused, precision
 from .features import Branch, Features, make_features
 from .scoring import levels_table, majority, nearest, score_levels, take_over
 from .taxonomy import Labels, hierarchical_loss, label_of, likeliest_path, log_probabilities, make_labels, read_levels
-from .trainer import Course, check_numbers, fit, publish_model, quiet, told
 
 # %% ../../nbs/training/15_classifier.ipynb #d10286c9
 def read_labelled(
@@ -53,18 +54,20 @@ def read_labelled(
             else: rows.append(row)
     return rows, out
 
-# %% ../../nbs/training/15_classifier.ipynb #62ba03a9
+# %% ../../nbs/training/15_classifier.ipynb #0bdffb65
 def divide(
     rows:list[dict[str,str]],       # Labelled
     held_out:str='',                # Column whose values are held out whole; '' for none
     given:list[dict[str,str]]|None=None, # Held-out rows that the user brought; None: a tenth of `rows`
     share:float=.1,                 # Of rows, and of values
     most:int=0,                     # Rows of each set, the first in the order of their hashes; 0 for all
-) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]]]: # Training rows, held-out sets: 'rows', and 'unseen COLUMN'
+) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], int]: # Training rows, held-out sets ('rows', 'unseen COLUMN'), how many rows are in neither
     "Hold out by hash, so that the split survives reordering, growth and another machine."
     def digest(r): return hashlib.sha256(r['text'].encode()).hexdigest()
     def whole(r): return bool(held_out and r[held_out] and in_held_out(f'{held_out}\0{r[held_out]}', share))
-    train = [r for r in rows if not whole(r) and (given is not None or not in_held_out(digest(r), share))]
+    unseen = {r['text'] for r in rows if whole(r)}
+    others = [r for r in rows if not whole(r) and (given is not None or not in_held_out(digest(r), share))]
+    train = [r for r in others if r['text'] not in unseen]  # the same sequence under another name, or under none, would give it away
     sets = {'rows': [r for r in rows if not whole(r) and in_held_out(digest(r), share)] if given is None else given}
     if held_out: sets[f'unseen {held_out}'] = [r for r in rows if whole(r)]
     learnt = {r['text'] for r in train}
@@ -76,7 +79,7 @@ def divide(
             raise Refused(f"{len(both)} texts stand both in the training rows and in the held-out set {name!r}, so its figures would be of rows that were learnt; "
                           f"take them out of one of the two (the first: {min(both)[:60]!r})")
         sets[name] = sorted(held, key=digest)[:most or None]
-    return train, sets
+    return train, sets, len(others) - len(train)
 
 # %% ../../nbs/training/15_classifier.ipynb #8811156e
 TOKENS = 'word_embeddings'  # the table that tokens are looked up in, in each family
@@ -140,14 +143,14 @@ class Sorter(Trainer):
         if 'numbers' in inputs: loss = loss + self.feature_weight*hierarchical_loss(model.base_model.model.branch(inputs['numbers']).float(), *how)
         return (loss, out) if return_outputs else loss
 
-# %% ../../nbs/training/15_classifier.ipynb #c7726aff
+# %% ../../nbs/training/15_classifier.ipynb #d38d1db1
 @dataclass
 class Lesson(Course):
     "A course that ends in classes: everything was read and checked."
     labels:Labels                               # The label maps
     train:list[dict[str,str]]                   # Training rows
     sets:dict[str,list[dict[str,str]]]          # Held-out sets
-    left_out:dict[str,int]                      # Rows without text or label
+    left_out:dict[str,int]                      # Rows without text or label, or whose text is held out under another name
     held_data:dict[str,list[dict[str,Any]]]     # input_ids of the held-out sets, and their numbers if there are any
     beside:Features|None                        # Numbers beside the text
 
@@ -161,7 +164,7 @@ def _config(p:dict[str,Any], work:Path, total:int, dtype:str) -> TrainingArgumen
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True, label_names=['labels'],
         remove_unused_columns=False, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/15_classifier.ipynb #a5f179cd
+# %% ../../nbs/training/15_classifier.ipynb #80d6bc25
 def _read(job:Any) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], dict[str,int], dict[str,float]]:
     "Training rows, held-out sets, what was left out, and the levels of a job."
     p = job.params
@@ -170,7 +173,7 @@ def _read(job:Any) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], 
     more = beside | {'held_out': [p['held_out']] if p['held_out'] else []}
     rows, left_out = read_labelled(job.inputs['data'].rows, p['text'], list(levels), more)
     given = read_labelled(job.inputs['eval_data'].rows, p['text'], list(levels), beside)[0] if 'eval_data' in job.inputs else None
-    train, sets = divide(rows, p['held_out'], given, most=p['eval_rows'])
+    train, sets, left_out['also_held_out'] = divide(rows, p['held_out'], given, most=p['eval_rows'])
     return train, sets, left_out, levels
 
 def _tokens(tokenizer:Any, rows:list[dict[str,str]], most:int) -> tuple[list[list[int]], int]: # Token ids of each row, and how many rows were cut
