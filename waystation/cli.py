@@ -14,8 +14,8 @@ from typing import Any
 
 from .runtime import Interrupted, Refused, cache, redact, settings
 
-# %% ../nbs/90_cli.ipynb #b4ce24f8
-STATIONS = {'setup': 'look at this machine and fetch models and data', 'train': 'fine-tune a model (QLoRA) and measure it on held-out rows',
+# %% ../nbs/90_cli.ipynb #5d187f15
+STATIONS = {'setup': 'look at this machine and fetch models and data', 'train': 'fine-tune a model to answer or to classify, and measure it on held-out rows',
             'embed': 'turn rows into vectors, shard by shard', 'export': 'make a LanceDB table of the vectors, and search it'}
 
 def station(
@@ -251,7 +251,7 @@ def sql(
 
 QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql}
 
-# %% ../nbs/90_cli.ipynb #16e85d59
+# %% ../nbs/90_cli.ipynb #6d12467a
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -273,6 +273,11 @@ def _headline_train(r:dict[str,Any]) -> list[tuple[str,str]]:
     def share(m): return f"{m['hits']}/{m['n']} [{m['low']:.2f}, {m['high']:.2f}]"
     rows = [('steps', f"{r['steps']}" + (f", resumed from {r['resumed_from']}" if r['resumed_from'] else '')),
             ('held-out loss', f"{r['eval_loss']['before']:.3f} before, {r['eval_loss']['after']:.3f} after")]
+    if r.get('task') == 'classify':  # a line for each held-out set and level
+        for name, m in r['metrics'].items():
+            rows += [(f'{name}, {k}', ', '.join(f"{who} {share(m[who]['accuracy'][k])}" for who in ('tuned', 'neighbour', 'majority')))
+                     for k in r['levels'] if k in m['tuned']['accuracy']]
+        return [*rows, ('adapter', r['adapter']), ('encoder', f"store:{r['encoder']}")]
     for who in ('base', 'tuned', 'word_overlap'):
         if m := r['metrics'].get(who): rows.append((who.replace('_', ' '), ', '.join(f'{k} {share(m[k])}' for k in _MARKS if k in m)))
     return [*rows, ('adapter', r['adapter'])]

@@ -24,7 +24,7 @@ from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #0c0d1183
+# %% ../nbs/09_recipe.ipynb #f72a5053
 # Parameters that say how a step is run, not what it computes.
 HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'workers', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
 INPUTS = ('model', 'data', 'eval_data', 'source', 'metadata', 'questions')
@@ -36,9 +36,15 @@ def locate(
 ) -> dict[str,Located]:    # Input parameter -> where it is; those that are not given are left out
     "Find every input of a step."
     wanted = {k: params[k] for k in INPUTS if params.get(k)}
+    if params.get('task') == 'classify': return {k: resolve(v, k, store) if k == 'model' else _labelled(k, v, store) for k, v in wanted.items()}
     # An asset that has rows to learn from also has the rows that were held out from them.
     if str(params.get('data', '')).startswith('asset:') and params.get('eval_data') == '': wanted['eval_data'] = params['data']
     return {k: resolve(v, k, store) for k, v in wanted.items()}
+
+def _labelled(key:str, value:str, store:Store) -> Located:
+    "Rows to classify are found as rows to embed are: any format, any place."
+    try: return resolve(value, 'source', store)
+    except Refused as e: raise Refused(str(e).replace('source=', f'{key}=', 1)) from e
 
 def identity(
     params:dict[str,Any],       # A station's arguments
@@ -342,7 +348,7 @@ def load_recipe(
             s[key] = check_value(f"{s['step']}.{key}", s[key], defaults[key])
     return steps
 
-# %% ../nbs/09_recipe.ipynb #6457e14e
+# %% ../nbs/09_recipe.ipynb #741f0464
 def run_recipe(
     recipe:str|Path,               # A YAML file or a packaged recipe's name
     run:str,                       # The run's name; the same name goes on
@@ -358,6 +364,7 @@ def run_recipe(
     for s in steps:
         if s.get('cache'): os.environ['WAYSTATION_CACHE'] = str(s['cache'])  # a kernel cannot set it for the next one
         params = station_parameters(s['station']) | {k: v for k, v in s.items() if k != 'station'}
+        params = {k: v.replace('{run}', run) if isinstance(v, str) else v for k, v in params.items()}
         params |= dict(run=run, store=store, restart=restart or bool(s.get('restart', False)), take_over=take_over)
         done = _finished(s['station'], params, place)
         if done is None: done = _execute(s['station'], params, place)

@@ -1,0 +1,302 @@
+"""task="classify" on a tiny random encoder: labels that stay, ranks that are missing, kills that change nothing, what others can load."""
+
+import hashlib
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from waystation.runtime import Refused
+from waystation.stations.train import train
+from waystation.store import Store
+from waystation.training.scoring import calibration_error, macro_f1
+from waystation.training.taxonomy import Labels, consistent, make_labels, read_levels
+
+# The hash of Gae is among those that held_out="genus" takes.
+TREE = {"K": ["Pa", "Pb"], "Pa": ["Ga", "Gb"], "Pb": ["Gc", "Gae"]}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    "A random BERT of two layers over 6-mers, without a pooler's weights, as published encoders are."
+    from transformers import BertConfig, BertModel
+
+    folder = tmp_path_factory.mktemp("model")
+    torch.manual_seed(0)
+    sizes = dict(vocab_size=4105, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
+    BertModel(BertConfig(**sizes, pad_token_id=1, type_vocab_size=1), add_pooling_layer=False).save_pretrained(folder)
+    config = json.loads((folder / "config.json").read_text()) | {"tokenizer": "kmer6", "weights": "seeded random: never trained"}
+    (folder / "config.json").write_text(json.dumps(config))
+    return str(folder)
+
+
+def rows(path, n=120, **change):
+    "Sequences whose genus decides which bases are frequent; every seventh genus is unknown. Keyword arguments replace row 0's values."
+    rng, made = random.Random(0), []
+    weights = {"Ga": [9, 1, 1, 1], "Gb": [6, 6, 1, 1], "Gc": [1, 1, 9, 1], "Gae": [1, 1, 6, 6]}
+    parent = {g: p for p in ("Pa", "Pb") for g in TREE[p]}
+    for i in range(n):
+        genus = list(weights)[i % 4]
+        made.append(dict(sequence="".join(rng.choices("ACGT", weights[genus], k=60)), kingdom="K", phylum=parent[genus], genus=None if i % 7 == 3 else genus))
+        made[-1]["depth"] = None if i % 5 == 2 else (-50.0 if parent[genus] == "Pa" else -400.0) + rng.random()
+    made[0] |= change
+    path.write_text("".join(json.dumps(r) + "\n" for r in made))
+    return str(path)
+
+
+@pytest.fixture
+def few(model, tmp_path):
+    "Parameters of a small run."
+    return dict(
+        run="t", store=str(tmp_path / "store"), task="classify", model=model, data=rows(tmp_path / "rows.jsonl"), text="sequence", labels="kingdom,phylum,genus",
+        max_steps=6, batch_size=8, lora_r=4, lora_dropout=0.1, eval_steps=3, seal_steps=2, max_length=32, warmup_steps=1,
+    )  # fmt: skip
+
+
+@pytest.fixture
+def go(few, tmp_path, monkeypatch):
+    "Train a little; keyword arguments are the station's."
+    monkeypatch.setenv("WAYSTATION_WANDB_MODE", "disabled")
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
+    return lambda **change: train(**few | change)
+
+
+def test_result(go, tmp_path):
+    from waystation.stations.embed import embed
+
+    how = dict(max_steps=40, learning_rate=0.01, held_out="genus", seal_steps=20, lora_dropout=0.0, target_modules="query,key,value,dense,word_embeddings")
+    r = go(data=rows(tmp_path / "more.jsonl", 240), **how)
+    assert r["levels"] == ["kingdom", "phylum", "genus"] and set(r["metrics"]) == {"rows", "unseen genus"}
+    assert r["eval_loss"]["after"] < r["eval_loss"]["before"]
+    seen = r["metrics"]["rows"]
+    assert set(seen) == {"majority", "base", "neighbour", "tuned", "tuned_path"}
+    assert seen["tuned"]["accuracy"]["phylum"]["hits"] > seen["majority"]["accuracy"]["phylum"]["hits"]
+    assert seen["tuned_path"]["path"]["hits"] == seen["tuned_path"]["path"]["n"] == r["sets"]["rows"]["rows"]
+    assert seen["tuned"]["accuracy"]["genus"]["n"] < seen["tuned"]["accuracy"]["phylum"]["n"], "a row without a genus has no part in the genus' figure"
+    unseen = r["metrics"]["unseen genus"]["tuned"]
+    assert "genus" not in unseen["accuracy"], "a genus that was never shown cannot be named"
+    assert r["sets"]["unseen genus"]["not_in_training"]["genus"] == r["sets"]["unseen genus"]["rows"]
+    json.dumps(r, allow_nan=False)
+    assert go(data=str(tmp_path / "more.jsonl"), **how) == r, "a finished run is not computed again"
+
+    with open(f"{r['adapter']}/labels.json", "rb") as f:
+        assert hashlib.file_digest(f, "sha256").hexdigest() == r["labels_sha256"]
+    labels = Labels.load(f"{r['adapter']}/labels.json")
+    assert list(labels.levels.values()) == [2.0, 1.8, 0.8] and labels.names[:2] == [["K"], ["Pa", "Pb"]]
+    assert "nearest training row" in Path(r["adapter"], "README.md").read_text()
+
+    done = embed(run="t", store=str(tmp_path / "store"), source=str(tmp_path / "few.jsonl"), text="sequence", id="sequence", engine="torch",
+                 model="store:models/t-encoder/current") if rows(tmp_path / "few.jsonl", 8) else {}  # fmt: skip
+    assert (done["rows"], done["dim"], done["pooling"], done["weights"]) == (8, 32, "cls", f"{r['params']['model']} tuned by run 't'")
+
+
+def test_the_encoder_that_is_sealed_is_the_tuned_one(go, model):
+    "Merged weights give the hidden states that base and adapter give."
+    from peft import PeftModel
+    from transformers import AutoModel, AutoModelForSequenceClassification
+
+    r = go(learning_rate=0.02)
+    labels = Labels.load(f"{r['adapter']}/labels.json")
+    both = PeftModel.from_pretrained(AutoModelForSequenceClassification.from_pretrained(model, num_labels=sum(labels.sizes)), r["adapter"]).eval()
+    ids = torch.arange(3, 23)[None]
+    want = both.base_model.model.bert(ids).last_hidden_state
+    torch.testing.assert_close(AutoModel.from_pretrained(r["encoder_folder"]).eval()(ids).last_hidden_state, want, atol=1e-5, rtol=1e-4)
+    assert (AutoModel.from_pretrained(model).eval()(ids).last_hidden_state - want).abs().max() > 1e-3, "and it is not the base"
+
+
+def test_one_flat_label_from_csv(go, model, tmp_path):
+    "Saved so that transformers and PEFT load it, and answer with the same logits as here."
+    from peft import AutoPeftModelForSequenceClassification
+
+    from waystation.training import classifier
+
+    lines = ["text,intent", *(f"{'ACGGTC' * (i % 5 + 1)}{'ACGT'[i % 4] * 9},{['pay', 'ask', 'close'][i % 3]}" for i in range(60))]
+    (tmp_path / "intents.csv").write_text("\n".join(dict.fromkeys(lines)) + "\n")
+    kept = {}
+    answers = classifier.answers
+
+    def spy(model, data, labels, tick):
+        with torch.inference_mode():
+            batch = classifier.collate(data, 1)
+            kept["logits"], kept["batch"] = model.eval()(**batch).logits, batch
+        return answers(model, data, labels, tick)
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(classifier, "answers", spy)
+        r = go(data=str(tmp_path / "intents.csv"), text="text", labels="intent", held_out="", learning_rate=0.02)
+    assert r["levels"] == ["intent"] and "path" not in r["metrics"]["rows"]["tuned"] and "tuned_path" not in r["metrics"]["rows"]
+    found = AutoPeftModelForSequenceClassification.from_pretrained(r["adapter"], num_labels=3).eval()
+    with torch.inference_mode():
+        torch.testing.assert_close(found(**kept["batch"]).logits, kept["logits"], atol=1e-5, rtol=1e-4)
+
+
+def test_a_protein_model(go, tmp_path):
+    "ESM has rotary positions, a vocabulary of letters and no pooler; LoRA, heads and the sealed encoder are the same."
+    from transformers import EsmConfig, EsmModel
+
+    from waystation.embedding.engine import embed_texts
+
+    torch.manual_seed(0)
+    letters = ["<cls>", "<pad>", "<eos>", "<unk>", *"LAGVSERTIDPKQNFYMHWCXBUZO.-", "<null_1>", "<mask>"]
+    EsmModel(EsmConfig(vocab_size=33, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=64, max_position_embeddings=66,
+                       pad_token_id=1, mask_token_id=32, position_embedding_type="rotary", token_dropout=True),
+             add_pooling_layer=False).save_pretrained(tmp_path / "esm")  # fmt: skip
+    (tmp_path / "esm/vocab.txt").write_text("\n".join(letters))
+    made = [dict(text="".join(random.Random(i).choices("LAGVSE" if i % 2 else "KRTDNQ", k=20)), family="ab"[i % 2]) for i in range(60)]
+    for name, some in (("data", made[:48]), ("eval_data", made[48:])):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
+    files = {k: str(tmp_path / f"{k}.jsonl") for k in ("data", "eval_data")}
+    r = go(model=str(tmp_path / "esm"), text="text", labels="family", max_steps=20, learning_rate=0.02, eval_steps=0, **files)
+    assert (r["n_train"], r["sets"]["rows"]["rows"]) == (48, 12)
+    assert r["metrics"]["rows"]["tuned"]["accuracy"]["family"]["hits"] == r["sets"]["rows"]["rows"], "two alphabets that share no letter"
+    assert embed_texts(r["encoder_folder"], ["LAGV", "KRTD"], "", 0, 0, "").shape == (2, 32)
+
+
+@pytest.mark.parametrize("stop_at, features", [(2, "depth"), (6, "")])
+def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at, features):
+    whole = go(store=str(tmp_path / "undisturbed"), features=features)
+    from waystation.recipe import Job
+
+    seal = Job.seal
+
+    def cut(self, folder, kind, number=None, meta=None):
+        name = seal(self, folder, kind, number, meta)
+        if kind == "checkpoints" and number == stop_at:
+            raise KeyboardInterrupt  # the power goes, right after a seal
+        return name
+
+    monkeypatch.setattr(Job, "seal", cut)
+    with pytest.raises(KeyboardInterrupt):
+        go(features=features)
+    monkeypatch.setattr(Job, "seal", seal)
+    resumed = go(features=features)
+    assert resumed["resumed_from"] == stop_at
+    for key in ("adapter_sha256", "labels_sha256", "loss", "evals", "metrics", "eval_loss", "samples"):
+        assert resumed[key] == whole[key], key
+
+
+def test_features_beside_the_sequence(go, model, tmp_path):
+    "What depth tells is learnt by a branch that is saved, and whoever does not know of it loads the rest."
+    from peft import PeftModel
+    from transformers import AutoModelForSequenceClassification
+
+    r = go(features="depth", labels="phylum,genus", max_steps=30, learning_rate=0.02, lora_dropout=0.0)
+    seen = r["metrics"]["rows"]
+    assert {"tuned_text", "tuned_features"} <= set(seen)
+    n = seen["tuned_features"]["accuracy"]["phylum"]
+    assert n["hits"] >= 0.75 * n["n"], "four of five samples have a depth, and it decides"
+    assert json.loads(Path(r["adapter"], "features.json").read_text())["columns"] == ["depth"]
+    sizes = Labels.load(f"{r['adapter']}/labels.json").sizes
+    base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=sum(sizes))
+    found = PeftModel.from_pretrained(base, r["adapter"]).eval()
+    assert found(torch.arange(3, 23)[None]).logits.shape == (1, sum(sizes))
+
+
+@pytest.mark.slow
+def test_kill_9_and_the_same_command(few, env, tmp_path):
+    "A real process, killed between two checkpoints; the second one goes on from the first one's seals."
+    code = f"import sys; from waystation.stations.train import train; print(train(**{few | dict(max_steps=40)!r} | dict(run=sys.argv[1]))['adapter_sha256'])"
+
+    def start(run):
+        return subprocess.Popen([sys.executable, "-c", code, run], env=env | {"PYTHONHASHSEED": "random"}, stdout=subprocess.PIPE, text=True)
+
+    whole = start("whole").communicate(timeout=300)[0].splitlines()[-1]
+    victim, store = start("victim"), Store(few["store"])
+    while len(store.list("runs/victim/train/1/checkpoints")) < 3:
+        assert victim.poll() is None, "it ended before it could be killed"
+        time.sleep(0.02)
+    os.kill(victim.pid, signal.SIGKILL)
+    victim.communicate()
+    assert not store.has("runs/victim/train/1/report")
+    again = start("victim").communicate(timeout=300)[0].splitlines()[-1]
+    assert store.read("runs/victim/train/1/report").meta["resumed_from"] >= 6
+    assert len(again) == 64 and again == whole
+
+
+@pytest.mark.parametrize(
+    "change, says",
+    [
+        ({"labels": "kingdom,phyllum"}, r"labels: .* has no column 'phyllum'; its columns are sequence, kingdom, phylum, genus, depth"),
+        ({"labels": ""}, "labels='' names nothing"),
+        ({"labels": "phylum,phylum"}, "'phylum' twice"),
+        ({"labels": "phylum=heavy"}, "'phylum=heavy' is not a level"),
+        ({"labels": "kingdom"}, r"every training row has the same kingdom \(K\)"),
+        ({"text": "seq"}, "text: .* has no column 'seq'"),
+        ({"held_out": "family"}, "held_out: .* has no column 'family'"),
+        ({"held_out": "kingdom"}, "held_out"),
+        ({"data": "nothing.csv"}, "data='nothing.csv' does not exist"),
+        ({"features": "deepness"}, "features: .* has no column 'deepness'"),
+        ({"features": "genus"}, "features: genus='G[a-z]+' is not a number"),
+        ({"method": "qlora"}, "method='qlora'"),
+        ({"target_modules": "query,q_proj"}, "no q_proj; its linear modules are dense, key, query, value, word_embeddings"),
+        ({"max_length": 65}, "beyond the model's 64 positions"),
+        ({"eval_steps": 7}, "eval_steps=7 never fires: there are 6 steps"),
+        ({"task": "sort"}, "task='sort'"),
+    ],
+)
+def test_refused(go, tmp_path, change, says):
+    with pytest.raises(Refused, match=says):
+        go(**change)
+    assert Store(str(tmp_path / "store")).list() == []
+
+
+def test_held_out_rows_that_were_learnt_are_refused(go, tmp_path):
+    with pytest.raises(Refused, match="texts stand both in the training rows"):
+        go(eval_data=rows(tmp_path / "same.jsonl", 20))
+
+
+def test_a_class_that_was_seen_once(go, tmp_path):
+    "It has a place in the map and a row in the head, whatever side of the split it fell on."
+    r = go(data=rows(tmp_path / "once.jsonl", genus="Once", phylum="Alone", sequence="ACGTGCA" * 8), eval_steps=0)
+    labels = Labels.load(f"{r['adapter']}/labels.json")
+    held = r["sets"]["rows"]["not_in_training"]
+    assert ("Once" in labels.names[2]) == ("Alone" in labels.names[1]) == (held["genus"] == 0)
+    if "Once" in labels.names[2]:
+        assert (labels.names[1].index("Alone"), labels.names[2].index("Once")) in labels.pairs[2]
+
+
+def test_label_maps_are_the_same_in_every_process(tmp_path):
+    "Whatever the seed of `hash` and the order of rows."
+    data = [dict(a=f"c{i % 7}", b=f"é{i % 29}") for i in range(500)]
+    make_labels(read_levels("a,b"), data).save(tmp_path / "here")
+    code = "import sys; from waystation.training.taxonomy import *; make_labels(read_levels('a,b'), eval(sys.argv[1])[::-1]).save(sys.argv[2])"
+    subprocess.run([sys.executable, "-c", code, repr(data), tmp_path / "there"], env=os.environ | {"PYTHONHASHSEED": "1"}, check=True)
+    assert (tmp_path / "here").read_bytes() == (tmp_path / "there").read_bytes()
+
+
+def test_a_missing_rank_teaches_nothing(go, tmp_path):
+    "A run in which a column is empty but for two rows trains that level on these two; the others move no weight of its head."
+    data = [json.loads(line) for line in Path(rows(tmp_path / "a.jsonl")).read_text().splitlines()]
+    from waystation.training.taxonomy import hierarchical_loss
+
+    labels = make_labels(read_levels("phylum,genus"), data)
+    numbers = torch.tensor(labels.numbers(data))
+    assert 0 < (numbers[:, 1] < 0).sum() < len(data)
+    logits = torch.randn(len(data), sum(labels.sizes), requires_grad=True)
+    hierarchical_loss(logits, numbers, labels.sizes, [1.8, 0.8]).backward()
+    genus = logits.grad[:, labels.sizes[0]:].abs().sum(1)
+    assert ((genus > 0) == (numbers[:, 1] >= 0)).all() and (logits.grad[:, :labels.sizes[0]].abs().sum(1) > 0).all()
+
+
+def test_figures_agree_with_scikit_learn():
+    from sklearn.metrics import f1_score
+
+    rng = np.random.default_rng(0)
+    for n in (1, 5, 200):
+        t, s = rng.integers(0, 9, n), rng.integers(0, 12, n)
+        assert macro_f1(t, s) == pytest.approx(f1_score(t, s, average="macro", zero_division=0))
+    sure = rng.random(1000)
+    assert calibration_error(sure, rng.random(1000) < sure) < 0.06 < 0.2 < calibration_error(sure, np.zeros(1000, bool))
+
+
+def test_a_path_of_heads_that_disagree():
+    labels = Labels({"a": 1.0, "b": 1.0}, [["x", "y"], ["p", "q"]], [[], [(0, 0), (1, 1)]])
+    assert consistent(np.array([[0, 0], [0, 1], [1, 1]]), labels).tolist() == [True, False, True]
