@@ -261,11 +261,11 @@ def tables(result: dict) -> str:
         a = s["about"]
         out += [f"**{said[name].capitalize() if name != '16S' else said[name]}**: {a['texts']} texts, {a['tokens']:,} tokens, median {a['median']}, "
                 f"longest {a['longest']} of at most {a['limit']}.", "",
-                f"| | CPU s | wall s | speed beside {s['oracle']} | share of peak | least cosine |", "|---|---|---|---|---|---|"]
+                f"| | CPU s | wall s | speed beside {s['oracle']} | share of peak | 1 - cosine |", "|---|---|---|---|---|---|"]
         for way, w in s["ways"].items():
             bold = "**" if way == FLAT else ""
             out.append(f"| {bold}{way}{bold} | {w['cpu']['median']:.2f} | {w['wall']['median']:.2f} | {bold}{w['speed']['median']:.2f}{bold} "
-                       f"({w['speed']['min']:.2f} to {w['speed']['max']:.2f}) | {w['share']['median']:.0%} | {w['cosine']:.7f} |")
+                       f"({w['speed']['min']:.2f} to {w['speed']['max']:.2f}) | {w['share']['median']:.0%} | {max(1 - w['cosine'], 1e-7):.0e} |")
         out += [f"| {way} | - | - | - | - | not measured: {why} |" for way, why in s["absent"].items()]
         out += ["", f"Padding to the limit computes {a['padding']:.2f} times the tokens; it takes {s['saved']['median']:.2f} times as long as the flat engine "
                 f"({s['saved_of_padding']:.0%} of that). Reading, tokenising and sealing add {s['overhead']['median']:.1%} to the bare forward pass, and "
