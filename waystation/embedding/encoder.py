@@ -6,7 +6,7 @@
 __all__ = ['DTYPES', 'attend', 'norm', 'flash', 'attention_for', 'turn', 'buckets', 'relative', 'Encoder', 'embed', 'block',
            'pool', 'precision_for', 'load', 'vectors', 'apart', 'shrink', 'grow', 'storage_error']
 
-# %% ../../nbs/embedding/21_encoder.ipynb #d7393d9f
+# %% ../../nbs/embedding/21_encoder.ipynb #5a6fd296
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -15,16 +15,20 @@ from typing import Any
 import jax, jax.numpy as jnp, numpy as np
 from flax import nnx
 from ..chips import chip
-from .models import Checkpoint, Config, read_config, read_weights, shapes, table
+from .models import Checkpoint, Config, at_once, read_config, read_weights, shapes, table
 from ..runtime import Refused
 
-# %% ../../nbs/embedding/21_encoder.ipynb #203d76eb
+# %% ../../nbs/embedding/21_encoder.ipynb #24902335
 def attend(
     q_BNTH:jax.Array, k_BNTH:jax.Array, v_BNTH:jax.Array,
     segments_BT:jax.Array,         # 1, 2, …: which text a slot belongs to; 0: padding
     bias_NTT:jax.Array|None=None,  # Added to the scores, for each head and pair of slots
 ) -> jax.Array:                    # [B, N, T, H], in the type of `v_BNTH`
     "Softmax attention in which a token sees only tokens of its own segment."
+    B, N, T, _ = q_BNTH.shape
+    if (some := at_once(B, N, T)) < B:
+        parts = [x.reshape(B // some, some, *x.shape[1:]) for x in (q_BNTH, k_BNTH, v_BNTH, segments_BT)]
+        return jax.lax.map(lambda x: attend(x[0], x[1], x[2], x[3], bias_NTT), parts).reshape(v_BNTH.shape)
     scores = jnp.einsum('BNTH,BNUH->BNTU', q_BNTH, k_BNTH, preferred_element_type=jnp.float32) * q_BNTH.shape[-1]**-0.5
     if bias_NTT is not None: scores = scores + bias_NTT[None].astype(jnp.float32)
     same_B1TU = segments_BT[:, None, :, None] == segments_BT[:, None, None, :]

@@ -7,7 +7,7 @@ __all__ = ['UNDER_WAY', 'SLOTS', 'WORKSPACE', 'SHARE', 'NO_COMPILER', 'ASSUMED',
            'compiler', 'largest', 'estimate', 'estimated', 'compiled', 'duration', 'reached', 'read_lengths',
            'lengths_of', 'in_chunks', 'at_hand', 'check', 'preflight', 'report']
 
-# %% ../../nbs/embedding/23_preflight.ipynb #7ae86fea
+# %% ../../nbs/embedding/23_preflight.ipynb #f15afefe
 import contextlib, dataclasses, json, math, os, re, subprocess, sys, tempfile, time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..chips import CHIPS, SLICES, Slice, chip as known_chip
-from .models import PRESETS, Config, operations, read_config, read_recipe, shapes
+from .models import PRESETS, SCORES, Config, operations, read_config, read_recipe, shapes
 from .packing import batching, choose
 from ..runtime import Interrupted, Refused, devices, host_memory, prices, settings
 
@@ -199,7 +199,7 @@ def largest(
         else: bad = rows
     return good
 
-# %% ../../nbs/embedding/23_preflight.ipynb #83c12b09
+# %% ../../nbs/embedding/23_preflight.ipynb #fd0f2ef9
 WORKSPACE = 1.0  # GiB: what a GPU's runtime and its matrix library take for themselves, assumed
 
 def estimate(
@@ -210,7 +210,8 @@ def estimate(
 ) -> dict[str,float]: # Part -> GiB
     "What a batch takes, by part. Attention and feed-forward are never there at once, so the larger of the two counts."
     slots = rows*width
-    scores, layer = slots*width*c.heads*(4 if size == 4 else 4 + size), 2*slots*c.hidden*size  # scores in float32, their exponentials in `size`
+    row, layer = c.heads*width**2, 2*slots*c.hidden*size
+    scores = row*min(rows, max(SCORES//row, 1))*(4 if size == 4 else 4 + size)  # in float32, their exponentials in `size`
     parts = dict(weights=sum(math.prod(s) for s in shapes(c).values())*size, hidden_states=6*slots*c.dim*size,
                  **(dict(attention_scores=scores) if scores > layer else dict(widest_layer=layer)), vectors_under_way=slots//8*c.dim*4*UNDER_WAY)
     return {k: v/2**30 for k, v in parts.items()} | (dict(workspace=WORKSPACE) if size == 2 else {})
