@@ -201,14 +201,14 @@ def test_features_beside_the_sequence(go, model, tmp_path):
 
 
 @pytest.mark.slow
-def test_kill_9_and_the_same_command(few, env, tmp_path):
+def test_kill_9_and_the_same_command(few, go, env):
     "A real process, killed between two checkpoints; the second one goes on from the first one's seals."
     code = f"import sys; from waystation.stations.train import train; print(train(**{few | dict(max_steps=40)!r} | dict(run=sys.argv[1]))['adapter_sha256'])"
 
     def start(run):
         return subprocess.Popen([sys.executable, "-c", code, run], env=env | {"PYTHONHASHSEED": "random"}, stdout=subprocess.PIPE, text=True)
 
-    whole = start("whole").communicate(timeout=300)[0].splitlines()[-1]
+    whole = go(run="whole", max_steps=40)["adapter_sha256"]
     victim, store = start("victim"), Store(few["store"])
     while len(store.list("runs/victim/train/1/checkpoints")) < 3:
         assert victim.poll() is None, "it ended before it could be killed"
