@@ -3,6 +3,8 @@
 import dataclasses
 import os
 import signal
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import numpy as np
@@ -90,8 +92,24 @@ def test_the_program_is_the_one_that_embed_runs():
     run = open_model(folder).program
     ours, arguments = part.program(part.read_config(folder), 8, 64, jax.devices())
     theirs = spread(run.chips, run.f, 8).lower(run.weights, *arguments[1:])
-    text = theirs.as_text().replace('{"model"}', "{}")  # an axis of one chip, on which the engine lays weights by name
-    assert ours.lower(*arguments).as_text() == text
+    assert ours.lower(*arguments).as_text() == theirs.as_text()
+
+
+def test_the_program_is_that_of_embed_when_chips_share_the_weights():
+    "Eight devices in a process of their own: lowered to the same text as by the engine, and where each weight lies is part of it."
+    code = """if True:
+        import jax, waystation.embedding.preflight as part
+        from waystation.assets import resolve
+        from waystation.embedding.backend import open_model
+        from waystation.embedding.devices import spread
+        folder = resolve("asset:minilm", "model").path
+        for tensor in (1, 2):
+            run = open_model(folder, tensor=tensor).program
+            ours, arguments = part.program(part.read_config(folder), 8, 64, jax.devices(), tensor)
+            assert ours.lower(*arguments).as_text() == spread(run.chips, run.f, 8).lower(run.weights, *arguments[1:]).as_text(), tensor"""
+    flags = {"XLA_FLAGS": "--xla_force_host_platform_device_count=8", "JAX_PLATFORMS": "cpu"}
+    done = subprocess.run([sys.executable, "-c", code], env=os.environ | flags, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
 
 
 def test_every_slice_has_its_chip():
@@ -179,6 +197,8 @@ def test_an_earlier_run_says_what_a_chip_reaches(tmp_path, monkeypatch):
     (dict(max_tokens=1024), "table of 512 positions"),
     (dict(model="nt-2.5b", max_tokens=1002), "table of 1002 positions, the first at 2; use at most 1000"),
     (dict(station="train"), "station='train' has no preflight"),
+    (dict(tensor=2), "tensor=2 must divide the 1 devices of t4"),
+    (dict(chip="v5e-8", tensor=8), "the model's 12 heads and its 1536 feed-forward numbers; use one of [1, 2, 4]"),
 ], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")
 def test_bad_input_is_refused_by_name(asked, says):
     with pytest.raises(Refused) as e:
@@ -226,6 +246,12 @@ def test_every_tpu_is_compiled_for(tpu_compiler, tiny, name):
     found = part.compiled(tiny, SLICES[name], 128, 16, search=False, say=print)
     assert found["fits"] is True and len(found["compiles"]) == 1
     assert 0 < found["peak_gib"] < 0.2 and found["parts"]["weights_and_input"] > 0
+
+
+@pytest.mark.slow
+def test_shared_weights_are_a_part_on_each_device(tpu_compiler):
+    alone, shared = (part.compiled(PRESETS["bge-large"], SLICES["v5e-8"], 128, 16, search=False, tensor=t, say=print)["parts"] for t in (1, 4))
+    assert 0.25 < shared["weights_and_input"] / alone["weights_and_input"] < 0.4  # the table of words lies on each
 
 
 @pytest.mark.slow

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['UNDER_WAY', 'SLOTS', 'WORKSPACE', 'SHARE', 'NO_COMPILER', 'ASSUMED', 'sizes_of', 'flops', 'program', 'Work', 'work',
            'compiler', 'largest', 'estimate', 'estimated', 'compiled', 'duration', 'reached', 'read_lengths',
-           'lengths_of', 'in_chunks', 'at_hand', 'check', 'preflight', 'report']
+           'lengths_of', 'in_chunks', 'at_hand', 'check', 'check_tensor', 'preflight', 'report']
 
-# %% ../../nbs/embedding/23_preflight.ipynb #f15afefe
-import contextlib, dataclasses, json, math, os, re, subprocess, sys, tempfile, time
+# %% ../../nbs/embedding/23_preflight.ipynb #cc76b4d1
+import bisect, contextlib, dataclasses, json, math, os, re, subprocess, sys, tempfile, time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..chips import CHIPS, SLICES, Slice, chip as known_chip
-from .models import PRESETS, SCORES, Config, operations, read_config, read_recipe, shapes
+from .models import PRESETS, SCORES, Config, operations, read_config, read_recipe, shapes, table
 from .packing import batching, choose
 from ..runtime import Interrupted, Refused, devices, host_memory, prices, settings
 
@@ -46,25 +46,27 @@ def flops(
     linear, attention = operations(c)
     return slots*(linear + width*attention)
 
-# %% ../../nbs/embedding/23_preflight.ipynb #88423079
+# %% ../../nbs/embedding/23_preflight.ipynb #8d53d78b
 def program(
     c:Config,
     rows:int,             # Rows a batch
     width:int,            # Slots a row
     devices:Sequence[Any], # Rows are spread over these; they need not exist
+    tensor:int=1,         # Devices that share one copy of the weights
 ) -> tuple[Any,tuple[Any,...]]: # A jitted function, and its arguments as shapes without content
     "What `embed` sends to the devices for a batch, down to the vectors; nothing is allocated."
     import jax, jax.numpy as jnp
     from flax import nnx
     from jax.sharding import Mesh, NamedSharding, PartitionSpec
-    from waystation.embedding.devices import Chips, spread
-    from waystation.embedding.encoder import Encoder, apart, attention_for, precision_for
-    chips = Chips(devices[0].platform, Mesh(np.array(devices).reshape(-1, 1), ('data', 'model')), 'a compiler is asked')
-    dtype, attention = precision_for(devices[0]), attention_for(devices[0].device_kind)
+    from waystation.embedding.devices import SHARED, Chips, spread
+    from waystation.embedding.encoder import Encoder, apart, attend, attention_for, precision_for
+    chips = Chips(devices[0].platform, Mesh(np.array(devices).reshape(-1, tensor), ('data', 'model')), 'a compiler is asked')
+    dtype, attention = precision_for(devices[0]), attention_for(devices[0].device_kind) if tensor == 1 else attend
     f, weights = apart(nnx.eval_shape(lambda: Encoder(c, {name: jnp.zeros(s, dtype) for name, s in shapes(c).items()}, attention)), 'mean', True)
-    def shape(a:Any, *axes:str) -> Any: return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(chips.mesh, PartitionSpec(*axes)))
+    def shape(a:Any, *axes:str|None) -> Any: return jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=NamedSharding(chips.mesh, PartitionSpec(*axes)))
+    def weight(path:Any, a:Any) -> Any: return shape(a, *('model' if letter in SHARED else None for letter in table(c)[path[0].key][0]))
     ids = shape(jax.ShapeDtypeStruct((rows, width), jnp.int32), 'data')
-    return spread(chips, f, width // 8), (jax.tree.map(shape, weights), ids, ids, ids)
+    return spread(chips, f, width // 8), (jax.tree_util.tree_map_with_path(weight, weights), ids, ids, ids)
 
 # %% ../../nbs/embedding/23_preflight.ipynb #ff085102
 @dataclasses.dataclass(frozen=True)
@@ -110,7 +112,7 @@ def work(
     return Work(rows, round(tokens*scale), round(sum(seen.values())*scale), round(sum(computed.values())*scale),
                 flops(c, rows*max_tokens, max_tokens), width, size)
 
-# %% ../../nbs/embedding/23_preflight.ipynb #882e65b3
+# %% ../../nbs/embedding/23_preflight.ipynb #78fa0c3e
 UNDER_WAY = 5  # batches that `embed` has sent and not fetched: their vectors wait on the device
 
 def _serve() -> None:
@@ -123,7 +125,7 @@ def _serve() -> None:
         began, ask = time.monotonic(), json.loads(line)
         alone = dict(chips_per_host_bounds=(1, 1, 1)) if ask['topology'].endswith(':1x1') else {}  # else a host has more chips than that
         devices = topologies.get_topology_desc(platform='tpu', topology_name=ask['topology'], **alone).devices
-        run, arguments = program(Config(**ask['config']), ask['rows'], ask['width'], devices)
+        run, arguments = program(Config(**ask['config']), ask['rows'], ask['width'], devices, ask['tensor'])
         said:dict[str,Any]
         try: m = run.lower(*arguments).compile().memory_analysis()
         except jax.errors.JaxRuntimeError as e: said = dict(error=str(e))
@@ -133,7 +135,7 @@ def _serve() -> None:
             said = dict(parts={k: v/2**30 for k, v in parts.items()})
         print(json.dumps(said | dict(seconds=round(time.monotonic() - began, 1))), file=out, flush=True)
 
-# %% ../../nbs/embedding/23_preflight.ipynb #4a02f442
+# %% ../../nbs/embedding/23_preflight.ipynb #7fa92c4b
 def _environment() -> dict[str,str]:
     "Of the child: what this process imports from, and nothing that was said to its own JAX."
     mine = {k: v for k, v in os.environ.items() if not k.startswith(('TPU_', 'LIBTPU_', 'JAX_', 'XLA_', 'CLOUD_TPU_'))}
@@ -162,6 +164,7 @@ def compiler(
     c:Config,
     slice:Slice,  # With a topology
     width:int,    # Slots a row
+    tensor:int=1, # Devices that share one copy of the weights
 ) -> Iterator[Callable[[int],dict[str,Any]]]: # Rows a batch -> what `_verdict` makes of it
     "The TPU's compiler for one model and width, in a process of its own."
     command = [sys.executable, '-c', 'from waystation.embedding.preflight import _serve; _serve()']
@@ -172,7 +175,7 @@ def compiler(
             with contextlib.suppress(BrokenPipeError): print(line, file=child.stdin, flush=True)
             return child.stdout.readline()
         def compile(rows:int) -> dict[str,Any]:
-            if answer := ask(json.dumps(dict(config=dataclasses.asdict(c), topology=slice.topology, width=width, rows=rows))):
+            if answer := ask(json.dumps(dict(config=dataclasses.asdict(c), topology=slice.topology, width=width, rows=rows, tensor=tensor))):
                 return _verdict(rows, json.loads(answer))
             code = child.wait()
             log.seek(0)
@@ -216,7 +219,7 @@ def estimate(
                  **(dict(attention_scores=scores) if scores > layer else dict(widest_layer=layer)), vectors_under_way=slots//8*c.dim*4*UNDER_WAY)
     return {k: v/2**30 for k, v in parts.items()} | (dict(workspace=WORKSPACE) if size == 2 else {})
 
-# %% ../../nbs/embedding/23_preflight.ipynb #9fb7d00c
+# %% ../../nbs/embedding/23_preflight.ipynb #6f64b32a
 SHARE = 0.75  # of a GPU's memory, which JAX takes unless XLA_PYTHON_CLIENT_MEM_FRACTION says otherwise
 
 def _limit(slice:Slice) -> tuple[float,str]: # GiB a device, and where it comes from
@@ -227,18 +230,18 @@ def estimated(c:Config, slice:Slice, width:int, batch:int) -> dict[str,Any]:
     "Fit and largest batch from the estimate alone."
     size = 2 if slice.chip else 4
     limit, why = _limit(slice)
-    def peak(rows:int) -> float: return sum(estimate(c, rows, width, size).values())
-    each = peak(2) - peak(1)
+    def peak(rows:int) -> float: return sum(estimate(c, rows, width, size).values())  # never falls
     return dict(how='an estimate, no compiler was asked', fits=peak(batch) <= limit, peak_gib=peak(batch), needs_gib=None, capped=False, compiles=[],
-                parts=estimate(c, batch, width, size), limit_gib=limit, limit_is=why, largest_batch=max(int((limit - peak(1))/each) + 1, 0))
+                parts=estimate(c, batch, width, size), limit_gib=limit, limit_is=why, largest_batch=bisect.bisect_right(range(1, 2**24), limit, key=peak))
 
-# %% ../../nbs/embedding/23_preflight.ipynb #ecb8401a
+# %% ../../nbs/embedding/23_preflight.ipynb #fdbe9ab0
 NO_COMPILER = "the TPU compiler is not installed: pip install 'waystation[tpu]' on any x86-64 Linux machine, which needs no TPU, and ask again"
 
 def compiled(
     c:Config, slice:Slice, width:int,
     batch:int,     # Rows a batch
     search:bool,   # Also look for the largest batch
+    tensor:int=1,  # Devices that share one copy of the weights
     say:Callable[[str],None]=lambda text: print(text, file=sys.stderr, flush=True),
 ) -> dict[str,Any]:
     "Fit, and the largest batch, from the TPU's compiler."
@@ -251,11 +254,11 @@ def compiled(
         done.append(ask(rows))
         if done[-1]['limit_gib']: found.update(limit_gib=done[-1]['limit_gib'], limit_is='says the compiler')  # which it does when it refuses
         return done[-1]['peak_gib'] is not None and done[-1]['peak_gib'] <= found['limit_gib']
-    with compiler(c, slice, width) as ask:
+    with compiler(c, slice, width, tensor) as ask:
         found |= dict(fits=fits(batch), how=f'compiled for {slice.topology} by the TPU compiler')
         if search:
             most = max(batch, slice.devices*SLOTS//width)
-            n = largest(lambda n: found['fits'] if n == batch else fits(n), batch, slice.devices, most)
+            n = largest(lambda n: found['fits'] if n == batch else fits(n), batch, slice.devices//tensor, most)
             found |= dict(largest_batch=n, capped=2*n > most)
     return found | {k: done[0][k] for k in ('peak_gib', 'needs_gib', 'parts')}
 
@@ -356,7 +359,7 @@ def in_chunks(
     more = -(-(n - size) // (size - overlap))
     return [size]*more + [n - more*(size - overlap)]
 
-# %% ../../nbs/embedding/23_preflight.ipynb #dd7f1508
+# %% ../../nbs/embedding/23_preflight.ipynb #7810fb9c
 def at_hand(
     device:str='', # 'tpu', 'gpu' or 'cpu'; '': the first that is there
 ) -> str:          # A name of SLICES; '' for a chip that is none of them
@@ -380,7 +383,14 @@ def check(chip:str, rows:int, batch:int, utilisation:float, session_hours:float,
     if lengths and source: raise Refused(f"lengths={lengths!r} and source={source!r} both say how long the rows are; pass one of them")
     return SLICES[chip]
 
-# %% ../../nbs/embedding/23_preflight.ipynb #2ca97a67
+def check_tensor(c:Config, slice:Slice, tensor:int) -> None:
+    "Refuse chips that cannot share the weights equally."
+    fit = [n for n in range(1, slice.devices + 1) if slice.devices % n == c.heads % n == c.hidden % n == 0]
+    if tensor not in fit:
+        raise Refused(f"tensor={tensor} must divide the {slice.devices} devices of {slice.name}, the model's {c.heads} heads and its {c.hidden} "
+                      f"feed-forward numbers; use one of {fit}")
+
+# %% ../../nbs/embedding/23_preflight.ipynb #01dfb05a
 def preflight(
     station:str='embed',       # Which station: embed
     model:str='asset:minilm',  # A model as embed takes it, or a name whose sizes are known: minilm, bge-large, esm2-650m, nt-2.5b, …
@@ -394,6 +404,7 @@ def preflight(
     chunk_overlap:int=40,      # Tokens that neighbouring chunks share
     max_tokens:int=0,          # Tokens a text, special ones included; 0: what the model says
     batch:int=0,               # Rows of packed slots a batch; 0: what embed takes, and the largest that fits is looked for
+    tensor:int=1,              # Devices that share one copy of the weights, as in embed
     utilisation:float=0.0,     # Share of the chip's peak that is reached; 0: what the newest run on such a chip reached, and 0.4 if there is none
     session_hours:float=12.0,  # Hours that a session lasts
     store:str='',              # Where earlier runs are looked for; '' for the one in the settings
@@ -404,18 +415,19 @@ def preflight(
     platform = 'tpu' if slice.topology else 'gpu' if slice.chip else 'cpu'
     c, most, folder = sizes_of(model, max_tokens)
     known = read_lengths(lengths) if lengths else [most]
+    check_tensor(c, slice, tensor)
     if source: known, rows = lengths_of(source, text, id, folder, rows, chunk)
-    w = work(c, known, rows, most, platform, batch, slice.devices)
-    fit = compiled(c, slice, w.width, w.batch, not batch) if slice.topology else estimated(c, slice, w.width, w.batch)
+    w = work(c, known, rows, most, platform, batch, slice.devices//tensor)
+    fit = compiled(c, slice, w.width, w.batch, not batch, tensor) if slice.topology else estimated(c, slice, w.width, w.batch)
     peak = slice.peak_tflops if slice.chip else _cpu_tflops()
     share, by = (utilisation, 'as asked') if utilisation else reached(store, slice, peak)
-    found = dict(station=station, model=model, chip=chip, devices=slice.devices, max_tokens=most,
+    found = dict(station=station, model=model, chip=chip, devices=slice.devices, tensor=tensor, max_tokens=most,
                  dtype=CHIPS[slice.chip].precision if slice.chip else 'float32',
                  lengths=lengths or source or 'as long as the model takes', **dataclasses.asdict(w), fill=w.fill,
                  peak_tflops=peak, utilisation=share, utilisation_by=by, **fit, **duration(w, slice, peak, share, session_hours, prices(store)))
     return found | dict(text=report(found), exit=0 if fit['fits'] else 4)
 
-# %% ../../nbs/embedding/23_preflight.ipynb #f9f03b8e
+# %% ../../nbs/embedding/23_preflight.ipynb #633f3995
 def _memory(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on whether it fits
     if f['fits'] is None: return [('memory', f['how'])]
     lacks = f"{f['needs_gib']:.2f} GiB of temporaries alone" if f['needs_gib'] else 'more than there is'
@@ -432,7 +444,8 @@ def _memory(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on whe
 def report(f:dict[str,Any]) -> str: # Lines
     "The answer for a person."
     word, lines = {True: 'fits', False: 'does not fit', None: 'NOT CHECKED whether it fits'}[f['fits']], _memory(f)
-    if f['devices'] > 1: lines += [('devices', f"{f['devices']}, a batch spread over them")]
+    shared = f", the weights divided among {f['tensor']}" if f['tensor'] > 1 else ''
+    if f['devices'] > 1: lines += [('devices', f"{f['devices']}, a batch spread over them{shared}")]
     lines += [('rows', f"{f['rows']:,} of {f['tokens']/f['rows']:.0f} tokens on average (lengths: {f['lengths']}); {f['fill']:.0%} of the slots hold one"),
               ('arithmetic', f"{f['flops']/1e12:,.0f} TFLOP; {f['padded']/1e12:,.0f} if every row were padded to {f['max_tokens']:,}"),
               ('time', (f"{f['hours']:.3g} hours" if f['hours'] > 1 else f"{f['hours']*60:.2g} minutes") + f", {f['rows_per_hour']:,.0f} rows an hour; "
