@@ -453,7 +453,7 @@ def preflight(
                  peak_tflops=peak, utilisation=share, utilisation_by=by, **fit, **duration(w, slice, peak, share, session_hours, prices(store)))
     return found | dict(text=report(found), exit=0 if fit['fits'] else 4)
 
-# %% ../../nbs/embedding/23_preflight.ipynb #04174c02
+# %% ../../nbs/embedding/23_preflight.ipynb #1f038d0f
 def _memory(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on whether it fits
     if f['fits'] is None: return [('memory', f['how'])]
     lacks = f"{f['needs_gib']:.2f} GiB of temporaries alone" if f['needs_gib'] else 'more than there is'
@@ -471,7 +471,7 @@ def _number(x:float) -> str: return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
 
 def _work(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on what is to be computed, and how long that takes
     if not f['lengths']: long = f"{f['max_tokens']:,} tokens, the longest that the model takes; --source or --lengths says how long they are"
-    else: long = f"{f['tokens']/f['rows']:.0f} tokens" + ('' if f['lengths'].isdigit() else f" on average ({f['lengths']})")
+    else: long = f"{f['tokens']/f['rows']:,.0f} tokens" + ('' if f['lengths'].isdigit() else f" on average ({f['lengths']})")
     saved = f"; {_number(f['padded']/1e12)} if every row were padded to {f['max_tokens']:,}" if f['padded'] > 1.01*f['flops'] else ''
     took = f"{f['hours']:,.3g} hours" if f['hours'] > 1 else f"{f['hours']*60:.2g} minutes"
     more = '' if f['utilisation_by'].startswith('measured') else '; compiling, reading and sealing come on top'
