@@ -1,10 +1,12 @@
 """Before a chip is rented: the arithmetic, the estimate, what is refused, and the TPU's own compiler where it is installed."""
 
+import contextlib
 import dataclasses
 import os
 import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 
 import numpy as np
@@ -157,6 +159,7 @@ def test_rows_of_a_source_by_the_models_own_tokenizer():
 def test_an_earlier_run_says_what_a_chip_reaches(tmp_path, monkeypatch):
     monkeypatch.setenv("WAYSTATION_WANDB_MODE", "disabled")
     monkeypatch.setattr(part, "_cpu_tflops", lambda: 10.0)
+    monkeypatch.setattr(part, "ENOUGH", 0)
     url = str(tmp_path / "store")
     asked = dict(model="asset:kmer-random", rows=1000, chip="cpu", store=url)
     found = part.preflight(**asked)
@@ -177,8 +180,30 @@ def test_an_earlier_run_says_what_a_chip_reaches(tmp_path, monkeypatch):
     assert part.preflight(**asked)["utilisation"] == found["utilisation"]
     store.seal(None, "runs/t/embed/1/report", report | dict(tflops=52.0, chips="1 x Tesla T4"))
     assert part.preflight(**asked | dict(chip="t4"))["utilisation"] == pytest.approx(52 / CHIPS["T4"].peak_tflops)
+    monkeypatch.setattr(part, "ENOUGH", 60)
+    assert part.preflight(**asked)["utilisation"] == part.ASSUMED  # all of them were over in seconds
+    assert part.preflight(**asked | dict(store=str(tmp_path / "none")))["utilisation"] == part.ASSUMED and not (tmp_path / "none").exists()
     found = part.preflight(**asked | dict(store=str(source)))  # a file
     assert found["utilisation"] == part.ASSUMED and "earlier runs could not be read" in found["text"]
+
+
+def test_a_store_that_does_not_answer_costs_no_more_than_its_time(monkeypatch, tmp_path):
+    monkeypatch.setattr(part, "PATIENCE", 0.05)
+    monkeypatch.setattr(part, "newest", lambda *_: time.sleep(2))
+    assert part.reached(str(tmp_path), SLICES["t4"], 65.0) == (0.4, "assumed, since earlier runs could not be read (no answer within 0.05 s)")
+
+
+def test_the_largest_batch_is_the_largest_or_said_to_be_more(tiny, monkeypatch):
+    "A compiler that is not there: 32 GiB hold 480 rows, and then all that anybody asks for."
+    def pretend(most):
+        @contextlib.contextmanager
+        def compiler(*_):
+            yield lambda rows: dict(rows=rows, seconds=0, peak_gib=31.0 if rows <= most else 33.0, parts={}, needs_gib=None, limit_gib=None)
+        monkeypatch.setattr(part, "find_spec", lambda name: True)
+        monkeypatch.setattr(part, "compiler", compiler)
+        found = part.compiled(tiny, SLICES["v6e-1"], 1024, 32, search=True, say=str)
+        return found["largest_batch"], found["capped"]
+    assert (pretend(480), pretend(9999)) == ((480, False), (512, True))
 
 
 @pytest.mark.parametrize("asked, says", [

@@ -94,9 +94,11 @@ def read_config(
     if c.rotary and c.dim // c.heads % 2: raise Refused(f"position_embedding_type='rotary' needs heads of an even width, not {c.dim // c.heads}")
     return c
 
-# %% ../../nbs/embedding/20_models.ipynb #61cb1bb7
+# %% ../../nbs/embedding/20_models.ipynb #bd7e6717
 _ESM:dict[str,Any] = dict(family='esm', pre=True, norm_first=False, pad=1, first=2)
-PRESETS = {  # sizes as published in config.json of the named repository of the Hugging Face hub
+# Sizes as in config.json of the named repository of the Hugging Face hub. Compared in November 2026: MiniLM and ESM-2 with their own file; bge-large and both NT
+# with copies and fine-tuned models that name them as their base; bge-base with nothing but its number of parameters.
+PRESETS = {
     # sentence-transformers/all-MiniLM-L6-v2
     'minilm': Config(30522, 384, 6, 12, 1536, 512, 1e-12, 0, types=2),
     # BAAI/bge-base-en-v1.5, BAAI/bge-large-en-v1.5
