@@ -24,7 +24,7 @@ from .seal import (Seal, blob_key, by_number, check_name, content_of, cut_packs,
                              plain, read_manifest, read_ref, seal_key, sort_out, verified_key)
 from .transfer import Mirror, Moved, sync
 
-# %% ../nbs/06_store.ipynb #860c2f11
+# %% ../nbs/06_store.ipynb #7bd28851
 log = logging.getLogger('waystation')
 
 def _sha256(chunks:Iterable[bytes]) -> str:
@@ -94,6 +94,7 @@ class Store:
             data = found[rel].read_bytes()
             if len(data) != sizes[rel]: raise changed(found[rel])
             return {rel: dict(sha256=hashlib.sha256(data).hexdigest(), size=len(data), data=base64.b64encode(data).decode())}
+        ask:list[Callable[[],Any]] = [also] if also else []
         def stored():
             first, looked = dict[str,str](), Future[None]()
             def look():
@@ -104,7 +105,8 @@ class Store:
                 entry = describe(found[rel])
                 if first.setdefault(entry['sha256'], rel) == rel: self._keep(found[rel], entry, looked)
                 return {rel: entry}
-            jobs:list[Callable[[],Any]] = [*([also] if also else []), *([look] if packed or alone else [])]
+            jobs = [*ask, *([look] if packed or alone else [])]
+            ask.clear()  # once is enough, also when this has to be done again
             if packed: jobs.append(partial(self._pack, {rel: found[rel] for rel in packed}, sizes, looked))
             jobs += [*(partial(store, rel) for rel in reversed(alone)), *(partial(carried, rel) for rel in inside)]  # the largest takes longest
             done = {rel: entry for entries in self.place.each(lambda job: job(), jobs) if entries for rel, entry in entries.items()}
