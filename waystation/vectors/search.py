@@ -6,7 +6,7 @@
 __all__ = ['REFINE', 'LOCKED', 'SERIES', 'check_where', 'search', 'index_recall', 'sample', 'answers', 'best_documents', 'wilson',
            'bootstrap', 'retrieval', 'read_questions', 'measure', 'check_select', 'asked', 'sql', 'pca', 'draw_map']
 
-# %% ../../nbs/vectors/31_search.ipynb #02c075b9
+# %% ../../nbs/vectors/31_search.ipynb #9a7be403
 import contextlib, functools, json, operator, re, tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from ..runtime import Refused
-from .table import card, check_column, connect, first_line
+from .table import batches, card, check_column, connect, first_line
 
 # %% ../../nbs/vectors/31_search.ipynb #0a7512dd
 _QUOTED = re.compile(r"'(?:[^']|'')*'|\"(?:[^\"]|\"\")*\"|`[^`]*`")
@@ -237,7 +237,7 @@ def _takes(ds, named:set[str]) -> bool:
     try: return bool(ds.scanner(columns=['id'], filter=condition).explain_plan())
     except (ValueError, OSError, RuntimeError): return False
 
-# %% ../../nbs/vectors/31_search.ipynb #f1836240
+# %% ../../nbs/vectors/31_search.ipynb #cd972e59
 @contextlib.contextmanager
 def asked(
     query:str, # One SELECT of DuckDB's SQL; each dataset goes by the name it was handed in under
@@ -258,7 +258,7 @@ def asked(
             named = check_select(con, query, list(tables))
             unpushed = '' if all(_takes(ds, named) for ds in tables.values()) else 'filter_pushdown,join_filter_pushdown'
             for setting in (f"temp_directory='{spill}'", f"disabled_optimizers='{unpushed}'", *LOCKED): con.execute('SET ' + setting)
-            answer = con.sql(query).to_arrow_reader(4096)
+            answer = batches(con.sql(query))
         except duckdb.Error as e: raise why(e) from e
         yield pa.RecordBatchReader.from_batches(answer.schema, rows(answer))
 
