@@ -148,10 +148,14 @@ def test_the_users_own_price(tmp_path, monkeypatch):
     assert found["sessions"] == -(-found["hours"] // 2) > 1
 
 
-def test_rows_of_a_source_by_the_models_own_tokenizer():
+def test_rows_of_a_source_by_the_models_own_tokenizer(tmp_path):
     found = part.preflight(model="asset:minilm", chip="l4", rows=698, source="asset:banking")
     assert found["fits"] and 100 < found["tokens"] / 698 <= 256
     assert part.preflight(model="asset:minilm", chip="l4", source="asset:banking")["rows"] == 698
+    url = str(tmp_path / "store")
+    Store(url).seal(resolve("asset:minilm", "model").path, "models/mine/v1")
+    asked = dict(chip="l4", rows=698, source="asset:banking", store=url)
+    assert part.preflight(model="store:models/mine/v1", **asked)["tokens"] == found["tokens"]
     cut = part.preflight(model="asset:minilm", chip="l4", source="asset:banking", chunk_tokens=200, chunk_overlap=40)
     assert abs(cut["rows"] - 1265) < 15 and cut["tokens"] > found["tokens"]  # 1,265 are made; a cut waits for the end of a word
 

@@ -23,10 +23,11 @@ from .packing import batching, choose
 from ..runtime import Refused, devices, host_memory, prices, settings
 from ..store import Store
 
-# %% ../../nbs/embedding/23_preflight.ipynb #efc0dfc4
+# %% ../../nbs/embedding/23_preflight.ipynb #6d0df7ee
 def sizes_of(
-    model:str,         # A name of PRESETS, or a path, asset:NAME or hub id
+    model:str,         # A name of PRESETS, or a path, store:NAME, asset:NAME or hub id
     max_tokens:int=0,  # Tokens a text, special ones included; 0: what the model says
+    store:Store|None=None, # For store:NAME
 ) -> tuple[Config,int,Path|None]: # Sizes, tokens a text at most, and the folder if there is one
     "What is to be computed."
     from waystation.assets import resolve
@@ -34,7 +35,7 @@ def sizes_of(
         if max_tokens < 0 or (max_tokens > c.limit and not c.rotary):
             raise Refused(f"max_tokens={max_tokens}, but {model} has a table of {c.positions} positions, the first at {c.first}; use at most {c.limit}")
         return c, max_tokens or c.limit, None
-    try: folder = resolve(model, 'model').path
+    try: folder = resolve(model, 'model', store).path
     except Refused as e: raise Refused(f"{e}; preflight also knows the sizes of {', '.join(PRESETS)}") from e
     return read_config(folder), read_recipe(folder, '', max_tokens).max_tokens, folder
 
@@ -335,7 +336,7 @@ def reached(
     if isinstance(got, Exception): return ASSUMED, f"assumed, since earlier runs could not be read ({' '.join(str(got).split())[:200]})"
     return got or (ASSUMED, f'assumed, not measured: the store has no run of embed on {slice.name}')
 
-# %% ../../nbs/embedding/23_preflight.ipynb #cb72711f
+# %% ../../nbs/embedding/23_preflight.ipynb #c82e6f2a
 def read_lengths(
     lengths:str,   # A file with one whole number a line, or a number for all rows
 ) -> list[int]:
@@ -358,6 +359,7 @@ def lengths_of(
     id:str,        # Column with the id
     folder:Path|None, # Model folder, for its tokenizer
     rows:int=0,       # Rows of the job; 0: all that the source has
+    store:Store|None=None, # For store:NAME
     chunk:tuple[int,int]=(0, 0), # Tokens a chunk and those that neighbours share, as `embed` cuts; 0: a row is one text
     most:int=65536,   # Rows to read
 ) -> tuple[list[int],int]: # And how many texts the whole job has
@@ -367,7 +369,7 @@ def lengths_of(
     from waystation.rows import Rows
     if folder is None:
         raise Refused(f"source={source!r} needs the model's tokenizer, and a name has only sizes; name a model folder such as asset:minilm, or pass --lengths")
-    tok, there = read_tokenizer(folder), Rows(resolve(source, 'source').rows, id, text)
+    tok, there = read_tokenizer(folder), Rows(resolve(source, 'source', store).rows, id, text)
     texts = [[t or '' for t in batch['text'].to_pylist()] for batch in there.batches(0, min(rows or most, most))]
     found = [n + tok.extra for some in texts for x, _, _ in tok.encode(some) for n in in_chunks(len(x), *chunk)]  # none for a row without a token
     if not found: raise Refused(f"the first {most:,} rows of source={source!r} have no token in {text!r}; name the column with the text")
@@ -416,7 +418,7 @@ def check_tensor(c:Config, slice:Slice, tensor:int) -> None:
         raise Refused(f"tensor={tensor} must divide the {slice.devices} devices of {slice.name}, the model's {c.heads} heads and its {c.hidden} "
                       f"feed-forward numbers; use one of {fit}")
 
-# %% ../../nbs/embedding/23_preflight.ipynb #fad936ec
+# %% ../../nbs/embedding/23_preflight.ipynb #3d5f1854
 def preflight(
     station:str='embed',       # Which station: embed
     model:str='asset:minilm',  # A model as embed takes it, or a name whose sizes are known: minilm, bge-large, esm2-650m, nt-2.5b, …
@@ -439,10 +441,11 @@ def preflight(
     if station != 'embed': raise Refused(f"station={station!r} has no preflight; use embed")
     slice, chunk = check(chip, rows, batch, utilisation, session_hours, lengths, source, (chunk_tokens, chunk_overlap)), (chunk_tokens, chunk_overlap)
     platform = 'tpu' if slice.topology else 'gpu' if slice.chip else 'cpu'
-    c, most, folder = sizes_of(model, max_tokens)
+    place = Store(store or settings()['store']) if any(x.startswith('store:') for x in (model, source)) else None
+    c, most, folder = sizes_of(model, max_tokens, place)
     known = read_lengths(lengths) if lengths else [most]
     check_tensor(c, slice, tensor)
-    if source: known, rows = lengths_of(source, text, id, folder, rows, chunk)
+    if source: known, rows = lengths_of(source, text, id, folder, rows, place, chunk)
     w = work(c, known, rows, most, platform, batch, slice.devices//tensor)
     fit = compiled(c, slice, w.width, w.batch, not batch, tensor) if slice.topology else estimated(c, slice, w.width, w.batch)
     peak = slice.peak_tflops if slice.chip else _cpu_tflops()
