@@ -33,7 +33,7 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 RESULT, GUIDE = HERE / "embed.json", HERE.parent / "lit" / "guides" / "padding.md"
 BEGIN, END = "<!-- from benchmarks/embed.json -->\n", "<!-- end -->\n"
-ST, PAD, SORTED, FLAT, JAX = "sentence-transformers", "padded to the limit", "sorted torch loop", "waystation torch", "waystation jax"
+ST, PAD, SORTED, FLAT, DNN, JAX = "sentence-transformers", "padded to the limit", "sorted torch loop", "waystation torch", "waystation onednn", "waystation jax"
 FIFTH = 5
 ONNX, OPENVINO = "sentence-transformers, ONNX", "sentence-transformers, OpenVINO"
 
@@ -176,7 +176,7 @@ def ways(folder: Path, backends: str) -> tuple[dict, dict]:
     kmer = not (folder / "modules.json").exists()
     # Padded to the limit all texts take equally long, and very long: a fifth of them stands for all.
     found, absent = {PAD: timed(loop(folder), 1 if kmer else FIFTH), SORTED: timed(loop(folder, 1024)), FLAT: timed(ours("torch", folder)),
-                     JAX: timed(ours("jax", folder))}, {}
+                     DNN: timed(ours("onednn", folder)), JAX: timed(ours("jax", folder))}, {}
     if kmer:
         return found, {name: "it has no k-mer tokenizer" for name in (ST, ONNX, OPENVINO)}
     from sentence_transformers import SentenceTransformer
@@ -263,7 +263,7 @@ def tables(result: dict) -> str:
                 f"longest {a['longest']} of at most {a['limit']}.", "",
                 f"| | CPU s | wall s | speed beside {s['oracle']} | share of peak | 1 - cosine |", "|---|---|---|---|---|---|"]
         for way, w in s["ways"].items():
-            bold = "**" if way == FLAT else ""
+            bold = "**" if way in (FLAT, DNN) else ""
             out.append(f"| {bold}{way}{bold} | {w['cpu']['median']:.2f} | {w['wall']['median']:.2f} | {bold}{w['speed']['median']:.2f}{bold} "
                        f"({w['speed']['min']:.2f} to {w['speed']['max']:.2f}) | {w['share']['median']:.0%} | {max(1 - w['cosine'], 1e-7):.0e} |")
         out += [f"| {way} | - | - | - | - | not measured: {why} |" for way, why in s["absent"].items()]

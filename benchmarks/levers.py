@@ -29,37 +29,34 @@ from waystation.embedding.tokens import read_tokenizer  # noqa: E402
 BUDGET = 1024
 
 
-def block(linear=F.linear, up=None, add=torch.Tensor.add_, qkv=None):
-    "flat.block of a BERT with one of its parts exchanged."
-    def run(x, w, c, mix):
-        x = F.layer_norm(add(linear(mix((qkv or linear)(x, *w.qkv)), *w.out), x), x.shape[1:], *w.norm1, c.eps)
-        h = up(x, *w.up) if up else F.gelu(linear(x, *w.up))
-        return F.layer_norm(add(linear(h, *w.down), x), x.shape[1:], *w.norm2, c.eps)
-    return run
+def sums_apart(x, w, c, mix):
+    "flat.block of a BERT, but that its sums take new arrays."
+    x = F.layer_norm(w.out(mix(w.qkv(x))) + x, x.shape[1:], *w.norm1, c.eps)
+    return F.layer_norm(w.down(w.up(x)) + x, x.shape[1:], *w.norm2, c.eps)
 
 
-def apart(x, weight, bias):
+def apart(weight, bias, gelu=False):
     "Query, key and value as three multiplies."
-    return torch.cat([F.linear(x, m, b) for m, b in zip(weight.chunk(3), bias.chunk(3), strict=True)], 1)
+    if len(weight) != 3 * weight.shape[1]:
+        return flat.linear(weight, bias, gelu)
+    parts = list(zip(weight.chunk(3), bias.chunk(3), strict=True))
+    return lambda x: torch.cat([F.linear(x, m, b) for m, b in parts], 1)
 
 
-TURNED, PACKED = {}, {}
-
-
-def turned(x, weight, bias):
+def turned(weight, bias, gelu=False):
     "The weight kept [in, out]."
-    w = TURNED.setdefault(weight.data_ptr(), None)
-    if w is None:
-        w = TURNED[weight.data_ptr()] = weight.T.contiguous()
-    return torch.addmm(bias, x, w)
+    w = weight.T.contiguous()
+    return lambda x: F.gelu(torch.addmm(bias, x, w)) if gelu else torch.addmm(bias, x, w)
 
 
-def packed(x, weight, bias, attr="none", algorithm=""):
-    "oneDNN with a weight in its own layout: private operators of torch."
-    w = PACKED.get(weight.data_ptr())
-    if w is None:
-        w = PACKED[weight.data_ptr()] = torch.ops.mkldnn._reorder_linear_weight(weight, BUDGET)
-    return torch.ops.mkldnn._linear_pointwise(x, w, bias, attr, [], algorithm)
+def unfused(weight, bias, gelu=False):
+    "oneDNN with a weight in its own layout, and GELU by itself."
+    f = flat.prepacked(weight, bias)
+    return (lambda x: F.gelu(f(x))) if gelu else f
+
+
+def compiled(weight, bias, gelu=False):
+    return torch.compile(flat.linear(weight, bias, gelu), dynamic=True)
 
 
 def by_hand(q, k, v, groups, bias=None):
@@ -99,30 +96,29 @@ def main() -> None:
     tok, room = read_tokenizer(folder), read_recipe(folder).max_tokens
     ids = [tok.wrap(x[:room - tok.extra]) for x, _, _ in tok.encode(texts)]
     encoder, shuffled = flat.load(folder, "cpu"), random.Random(0).sample(ids, len(ids))
-    plain, base = (flat.block, flat.attend), flat.batches(ids, BUDGET)[0]
+    plain, base = (encoder, flat.block, flat.attend), flat.batches(ids, BUDGET)[0]
     levers = {"baseline": (*plain, base)} | {f"{n} tokens a batch": (*plain, flat.batches(ids, n)[0]) for n in (256, 512, 2048, 4096, 8192)}
     # Equal lengths side by side within a batch only: texts come in the order of the file.
     windows = [b for k in range(0, len(shuffled), 32) for b in flat.batches(shuffled[k:k + 32], BUDGET)[0]]
     levers["sorted within 32 texts only"] = (*plain, windows)
-    blocks = {"query, key, value apart": block(qkv=apart), "sums in a new array": block(add=torch.add), "weights as [in, out]": block(turned),
-              "oneDNN prepacked (private)": block(packed),
-              "oneDNN prepacked, gelu fused (private)": block(packed, up=lambda x, w, b: packed(x, w, b, "gelu", "none"))}
+    makers = {"query, key, value apart": apart, "weights as [in, out]": turned, "oneDNN prepacked": unfused, "oneDNN prepacked, gelu fused": flat.prepacked}
     if args.compile:
-        blocks["torch.compile of linear and gelu"] = block(up=torch.compile(lambda x, w, b: F.gelu(F.linear(x, w, b)), dynamic=True))
-    levers |= {name: (b, flat.attend, base) for name, b in blocks.items()}
-    levers |= {"attention by hand": (flat.block, by_hand, base), "attention padded and masked": (flat.block, masked, base)}
+        makers["torch.compile of linear and gelu"] = compiled
+    levers |= {name: (flat.load(folder, "cpu", linear=f), *plain[1:], base) for name, f in makers.items()}
+    levers |= {"sums in a new array": (encoder, sums_apart, flat.attend, base), "attention by hand": (encoder, flat.block, by_hand, base),
+               "attention padded and masked": (encoder, flat.block, masked, base)}
     times, want = {}, encoder.vectors(base[0], "mean", True)
     for r in range(args.rounds + 1):
         for name in random.Random(r).sample(list(levers), len(levers)):
-            flat.block, flat.attend, batches = levers[name]
+            changed, flat.block, flat.attend, batches = levers[name]
             since = time.process_time()
             for b in batches[:2] if r == 0 else batches:  # round 0 warms up
-                encoder.vectors(b, "mean", True)
+                changed.vectors(b, "mean", True)
             if r:
                 times.setdefault(name, []).append(time.process_time() - since)
-            elif batches is base and not torch.allclose(encoder.vectors(base[0], "mean", True), want, atol=1e-5):
+            elif batches is base and not torch.allclose(changed.vectors(base[0], "mean", True), want, atol=1e-5):
                 raise SystemExit(f"{name} computes something else")
-    flat.block, flat.attend = plain
+    _, flat.block, flat.attend = plain
     for name in levers:
         gains = [a / b for a, b in zip(times["baseline"], times[name], strict=True)]
         print(f"{name}: {statistics.median(gains):.2f} ({min(gains):.2f} to {max(gains):.2f})")

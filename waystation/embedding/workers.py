@@ -160,14 +160,14 @@ def cluster() -> Iterator[Any]: # The module `ray`, connected
     try: yield ray
     finally: ray.shutdown()
 
-# %% ../../nbs/embedding/26_workers.ipynb #a57f7d7f
+# %% ../../nbs/embedding/26_workers.ipynb #8ca7f0ff
 class Crew:
     "The workers of one run."
     def __init__(self,
         ray:Any,       # The module, connected
         job:Job,
         scan:Scan,
-        engine:str,    # 'auto', 'jax' or 'torch'
+        engine:str,    # 'auto' or one of ENGINES
     ):
         self.ray, self.job, self.engine = ray, job, engine
         self.size, options = crew_for(ray.nodes(), job.params['device'], job.params['tensor'])
@@ -253,7 +253,7 @@ def bury(crew:Crew, worker:Any, left:list[int], how:str) -> None:
     crew.todo.extendleft(reversed(left))
     crew.hire(1)
 
-# %% ../../nbs/embedding/26_workers.ipynb #688b6f11
+# %% ../../nbs/embedding/26_workers.ipynb #1afee886
 def opened(crew:Crew, worker:Any, answer:tuple[dict[str,str],str,dict[str,Any]]|None) -> None:
     "A worker has its model; the first one says what the run is made by, and begins it."
     if answer is None: return crew.free.append((worker, 'odd'))
@@ -283,7 +283,7 @@ def work(crew:Crew, numbers:list[int]) -> Generator[tuple[int,dict[str,Any]],Non
 def embed_with_workers(
     job:Job,
     scan:Scan,
-    engine:str,       # 'auto', 'jax' or 'torch'
+    engine:str,       # 'auto' or one of ENGINES
 ) -> tuple[dict[str,Any],dict[str,Any]]: # Totals as of `embed_rows`, and `about` as of a model
     "Embed every shard that is not sealed yet, by the workers of a Ray cluster."
     p = job.params

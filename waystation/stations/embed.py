@@ -11,18 +11,19 @@ from typing import Any
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/3_embed.ipynb #78199613
+# %% ../../nbs/stations/3_embed.ipynb #3c794b3c
 def check(model:str, source:str, engine:str, dtype:str, on_duplicate:str, workers:str, shard_rows:int, limit:int) -> None:
     "Refuse what is wrong with the arguments alone."
     if not model or not source: raise Refused(f"model={model!r}, source={source!r}: embed needs both; name a path, store:NAME, asset:NAME or a hub id")
-    if engine not in ('auto', 'jax', 'torch'): raise Refused(f"engine={engine!r} does not exist; use 'auto' (the faster one here), 'jax' or 'torch'")
+    if engine not in ('auto', 'jax', 'torch', 'onednn'):
+        raise Refused(f"engine={engine!r} does not exist; use 'auto' (the fastest one here), 'jax', 'torch' or 'onednn' (torch on a CPU by oneDNN)")
     if dtype not in ('float32', 'float16', 'int8'): raise Refused(f"dtype={dtype!r}: vectors are kept as 'float32', 'float16' or 'int8'")
     if on_duplicate not in ('error', 'first'): raise Refused(f"on_duplicate={on_duplicate!r}; use 'error', or 'first' to set later rows aside")
     if workers not in ('local', 'ray'): raise Refused(f"workers={workers!r}; use 'local' (this process), or 'ray' (the machines of a Ray cluster)")
     if shard_rows < 1: raise Refused(f"shard_rows={shard_rows}; a shard needs at least 1 row")
     if limit < 0: raise Refused(f"limit={limit}; use 0 for all rows, or a number of rows")
 
-# %% ../../nbs/stations/3_embed.ipynb #7e72c034
+# %% ../../nbs/stations/3_embed.ipynb #25dbb7ad
 def embed(
     run:str='demo',               # Name of the run; the same name goes on
     store:str='',                 # Where results are kept: a folder; '' for the one in the settings
@@ -47,7 +48,7 @@ def embed(
     on_duplicate:str='error',     # A repeated id: error, or first (the later rows are set aside)
     shard_rows:int=1024,          # Source rows a shard: what a kill can cost
     dtype:str='float32',          # How vectors are kept: float32, float16, or int8 with a scale for each
-    engine:str='auto',            # What computes: jax, torch, or auto (the faster one on these rows)
+    engine:str='auto',            # What computes: jax, torch, onednn (torch on a CPU by oneDNN), or auto (the fastest one on these rows)
     device:str='',                # tpu, gpu or cpu; '': the first that is there
     tensor:int=1,                 # Chips that share one copy of the weights
     workers:str='local',          # Who computes: local (this process), or ray (the machines of a Ray cluster)
