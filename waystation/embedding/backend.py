@@ -153,8 +153,8 @@ def in_order(
         sent.append((True, key))
     while sent: yield from oldest()
 
-# %% ../../nbs/embedding/23_backend.ipynb #f9e08f2e
-ENGINES = dict(jax=_jax, torch=_torch, onednn=functools.partial(_torch, onednn=True))
+# %% ../../nbs/embedding/23_backend.ipynb #8653068e
+ENGINES:dict[str,Callable[...,dict[str,Any]]] = dict(jax=_jax, torch=_torch, onednn=functools.partial(_torch, onednn=True))
 NEEDS = dict(jax='jax', torch='torch', onednn='torch')  # the package that an engine computes with
 NO_TORCH = "engine='torch' needs torch, which is not installed: pip install torch (it also comes with 'waystation[train]'), or use engine='jax'"
 

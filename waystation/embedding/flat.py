@@ -67,7 +67,7 @@ def turn(
     cos, sin = angles.cos(), angles.sin()
     return torch.cat([a * cos - b * sin, b * cos + a * sin], dim=-1).to(x.dtype)
 
-# %% ../../nbs/embedding/22_flat.ipynb #ac06a279
+# %% ../../nbs/embedding/22_flat.ipynb #0bc862b4
 Pair = tuple[torch.Tensor,torch.Tensor]            # Scale and bias of a norm
 Linear = Callable[[torch.Tensor],torch.Tensor]     # [T, inputs] -> [T, outputs]
 
@@ -86,9 +86,9 @@ def prepacked(
     gelu:bool=False,          # As above, but computed while the outputs are still in registers
 ) -> Linear:
     "A linear layer by oneDNN, its weight laid out once as the multiply reads it. torch has this inside only, so ask `can_prepack` first."
-    ops = torch.ops.mkldnn
-    laid, how = ops._reorder_linear_weight(weight, 1024), ('gelu', [], 'none') if gelu else ('none', [], '')
-    return lambda x: ops._linear_pointwise(x, laid, bias, *how)
+    ops, after = torch.ops.mkldnn, ('gelu', 'none') if gelu else ('none', '')
+    laid = ops._reorder_linear_weight(weight, 1024)
+    return lambda x: ops._linear_pointwise(x, laid, bias, after[0], [], after[1])
 
 def can_prepack() -> bool:
     "Whether this torch has what `prepacked` needs."

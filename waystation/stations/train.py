@@ -11,7 +11,7 @@ from typing import Any
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/2_train.ipynb #1a98bab4
+# %% ../../nbs/stations/2_train.ipynb #25cba076
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -19,7 +19,7 @@ def train(
     restart:bool=False,    # Begin this step anew
     take_over:bool=False,  # Take the run from another writer that still seems alive
     step:str='train',      # Name of this step in the run
-    task:str='sft',        # What to learn: 'sft', to answer as the completions do; 'classify', labels
+    task:str='sft',        # What to learn: 'sft', to answer as the completions do; 'grpo', to answer so that marks rise; 'classify', labels
     model:str='asset:smollm2-135m', # A chat model, for classify an encoder: path, store:NAME, hub id or asset:NAME
     data:str='asset:banking', # Rows to learn from: JSONL or Parquet; for classify whatever embed reads
     eval_data:str='',      # Held-out rows; '' for the asset's own, else a tenth of data, by hash
@@ -28,6 +28,8 @@ def train(
     held_out:str='',       # classify: a column of which a tenth of the values is held out whole, such as genus; '' for none
     features:str='',       # classify: columns with numbers beside the text, such as depth,latitude,longitude; '' for none
     feature_weight:float=.5, # classify: weight of the loss of what the features say alone
+    rewards:str='exact',   # grpo: what marks an answer: exact, format, length or module:function, with weights as in exact, format=0.2
+    generations:int=4,     # grpo: answers to each prompt, which are compared with each other
     method:str='',         # 'qlora' (frozen weights in 4 bits) or 'lora'; '' for qlora, and lora for classify
     epochs:int=1,          # Times through the rows, when max_steps is 0
     max_steps:int=50,      # Optimizer steps; 0 to go by epochs
@@ -49,7 +51,8 @@ def train(
 ) -> dict[str,Any]:        # The report: loss, metrics, samples, adapter
     "Fine-tune a model, and measure it on held-out rows before and after."
     params = dict(locals())
-    if task not in ('sft', 'classify'): raise Refused(f"task={task!r} is not known; there are 'sft' (answer as the completions do) and 'classify' (labels)")
+    if task not in ('sft', 'grpo', 'classify'):
+        raise Refused(f"task={task!r} is not known; there are 'sft' (answer as the completions do), 'grpo' (answer so that marks rise) and 'classify' (labels)")
     with begin('train', params) as job:
         if job.report: return job.report
         if task == 'classify':
@@ -58,6 +61,9 @@ def train(
             return classify(job, read_tokenizer)
         from waystation.training.trainer import conclude, examine, fit, prepare
         course = prepare(job)  # refuses what cannot work
+        if task == 'grpo':
+            from waystation.training.rewards import reinforce
+            course = reinforce(course, job)
         before = job.read('baseline') or job.note('baseline', examine(course))
         fitted = fit(course, job)
         done = conclude(course, job, before, fitted, examine(course))

@@ -127,7 +127,7 @@ class Keeper(SealCallback):
                           'step was sealed: lower learning_rate, or look at the data')
         return super().seal(folder, step, meta)
 
-# %% ../../nbs/training/14_trainer.ipynb #efa79f07
+# %% ../../nbs/training/14_trainer.ipynb #1a44f7bb
 @dataclass
 class Course:
     "One training run, ready to begin: everything was read and checked."
@@ -135,7 +135,7 @@ class Course:
     model: Any           # The frozen model with its new adapter
     tokenizer: Any       # Of the model
     held: list[dict]     # Held-out rows
-    n_train: int         # Training rows
+    rows: list[dict]     # Training rows
     total: int           # Steps in all
     cut: int             # Training and held-out rows that max_length shortened
     max_new: int         # Tokens that an answer may have, for every model
@@ -190,7 +190,7 @@ def _config(p: dict, work: Path, total: int, dtype: str) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/14_trainer.ipynb #ee11e6ca
+# %% ../../nbs/training/14_trainer.ipynb #b6356c60
 USUAL = dict(method='qlora', target_modules='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj')  # what '' stands for when a model learns to answer
 
 def prepare(
@@ -204,7 +204,8 @@ def prepare(
     quiet()
     if p['method'] not in ('qlora', 'lora'): raise Refused(f"method={p['method']!r} is not known; there are 'qlora' and 'lora'")
     train, held = _rows(job)
-    per_epoch = math.ceil(math.ceil(len(train)/max(1, p['batch_size']))/max(1, p['grad_accum']))
+    answers = len(train)*(p['generations'] if p['task'] == 'grpo' else 1)
+    per_epoch = math.ceil(math.ceil(answers/max(1, p['batch_size']))/max(1, p['grad_accum']))
     total = p['max_steps'] or math.ceil(per_epoch*p['epochs'])
     if total <= 0: raise Refused(f"epochs={p['epochs']} and max_steps={p['max_steps']} make no step; give one of them")
     check_numbers(p, total, *linear_modules(path))
@@ -222,7 +223,7 @@ def prepare(
         if w.requires_grad: w.data = w.data.float()
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(held), 'train')
     max_new = 2*max(sum(x['completion_mask']) for x in exam)  # room for a model that says the same in more words
-    return Course(trainer, model, tokenizer, held, len(train), total, cut + cut_held, max_new, dtype, why, bar)
+    return Course(trainer, model, tokenizer, held, train, total, cut + cut_held, max_new, dtype, why, bar)
 
 # %% ../../nbs/training/14_trainer.ipynb #5f57d906
 def examine(c: Course) -> dict:  # eval_loss, metrics, outputs
@@ -232,7 +233,7 @@ def examine(c: Course) -> dict:  # eval_loss, metrics, outputs
     outputs = generate_answers(c.model, c.tokenizer, c.held, max_new=c.max_new, tick=c.bar.update)
     return {'eval_loss': round(loss, 6), 'metrics': score(c.held, outputs), 'outputs': outputs}
 
-# %% ../../nbs/training/14_trainer.ipynb #a5653ce8
+# %% ../../nbs/training/14_trainer.ipynb #9be8aed7
 def told(job: Any) -> dict:  # Parameters that say what was computed
     "A job's parameters without the places of one machine."
     return {k: v for k, v in job.params.items() if k not in ('run', 'store', 'restart', 'take_over')}
@@ -240,7 +241,7 @@ def told(job: Any) -> dict:  # Parameters that say what was computed
 def fit(
     c: Course,
     job: Any,   # An open job
-) -> dict:      # resumed_from, resume_notes, saving_s (of the training thread), loss (by step), evals, tokens_per_s
+) -> dict:      # resumed_from, resume_notes, saving_s (of the training thread), loss (by step), evals, reward, tokens_per_s
     "Train to the last step, from the last sealed checkpoint if there is one."
     base = f'{job.base}/checkpoints'
     at, start, notes = latest_good(job.store, base, job.work/'resume')
@@ -262,16 +263,17 @@ def fit(
     return {'resumed_from': at, 'resume_notes': notes, 'saving_s': round(keeper.saving_s, 3),
             'loss': [[x['step'], round(x['loss'], 5)] for x in said if 'loss' in x],
             'evals': [[x['step'], round(x['eval_loss'], 5)] for x in said if 'eval_loss' in x and x['step']],
+            'reward': [[x['step'], round(x['reward'], 5)] for x in said if 'reward' in x],  # grpo: of a step's answers, the mean
             'tokens_per_s': round(c.trainer.tokens/keeper.seconds, 1) if keeper.seconds else None}
 
-# %% ../../nbs/training/14_trainer.ipynb #aa90cba5
+# %% ../../nbs/training/14_trainer.ipynb #4eadafd5
 CARD = """---
 library_name: peft
 tags: [lora, waystation]
 ---
 # {name}
 
-A LoRA adapter ({method}, r={lora_r}, alpha={lora_alpha}) for **{model}**, trained by waystation for {total} steps on {n_train} rows of `{data}`, in {precision}.
+A LoRA adapter ({method}, r={lora_r}, alpha={lora_alpha}) for **{model}**, trained by waystation ({task}) for {total} steps on {n_train} rows of `{data}`, in {precision}.
 
 ## How well it does
 {n} held-out rows, greedy answers of at most {max_new} tokens, the same code for all. Right of how many, with a 95% interval (Wilson).
@@ -318,7 +320,7 @@ def publish_model(
     job.store.refer(f"{name.rsplit('/', 1)[0]}/current", name)
     return seal
 
-# %% ../../nbs/training/14_trainer.ipynb #111b6e50
+# %% ../../nbs/training/14_trainer.ipynb #47f8c958
 def seal_model(
     c: Course,
     job: Any,          # An open job
@@ -332,19 +334,19 @@ def seal_model(
     model.save_pretrained(folder, save_embedding_layers=False)
     c.tokenizer.save_pretrained(folder)
     (folder/'README.md').write_text(CARD.format(**{
-        **p, 'name': name, 'total': c.total, 'n_train': c.n_train, 'precision': c.precision, 'n': len(c.held), 'max_new': c.max_new,
+        **p, 'name': name, 'total': c.total, 'n_train': len(c.rows), 'precision': c.precision, 'n': len(c.held), 'max_new': c.max_new,
         'table': metrics_table(m), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
         'notes': NOTES.get(p['data'], ''), 'path': job.inputs['model'].path, 'fetch': FETCH.get(p['model'], '')}), encoding='utf-8')
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint,
              'data': p['data'], 'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'metrics': m, 'eval_loss': facts['eval_loss']}
     (folder/'waystation.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
     # A kill after this seal leaves it without a report; the paths in it are those of the machine that made it.
-    more = {'loss': facts['loss'][-1][1] if facts['loss'] else None, 'steps': c.total, 'rows': c.n_train, 'params': told(job),
+    more = {'loss': facts['loss'][-1][1] if facts['loss'] else None, 'steps': c.total, 'rows': len(c.rows), 'params': told(job),
             'seconds': round(time.time() - job.started, 1), 'device': torch.cuda.get_device_name(0) if torch.cuda.is_available() else _cpu_name(),
             'versions': {k: version(k) for k in ('waystation', 'torch', 'transformers', 'peft', 'trl')}}
     return name, publish_model(job, folder, name, about | more).files['adapter_model.safetensors']['sha256']
 
-# %% ../../nbs/training/14_trainer.ipynb #e36c4fad
+# %% ../../nbs/training/14_trainer.ipynb #f644ba34
 def conclude(
     c: Course,
     job: Any,      # An open job
@@ -356,7 +358,7 @@ def conclude(
     expected = [r['completion'][0]['content'] for r in c.held]
     asked = [r['prompt'][-1]['content'].splitlines()[-1] for r in c.held]
     overlap = score(c.held, [word_overlap(r) for r in c.held]) if all('passages' in r for r in c.held) else {}
-    facts = {'steps': c.total, 'n_train': c.n_train, 'n_eval': len(c.held), 'cut_rows': c.cut, **fitted,
+    facts = {'steps': c.total, 'n_train': len(c.rows), 'n_eval': len(c.held), 'cut_rows': c.cut, **fitted,
              'eval_loss': {'before': before['eval_loss'], 'after': after['eval_loss']},
              'metrics': {'base': before['metrics'], 'tuned': after['metrics'], 'word_overlap': overlap},
              'samples': [dict(zip(('question', 'expected', 'before', 'after'), x, strict=True))
