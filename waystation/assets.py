@@ -77,12 +77,13 @@ def _banking(out:Path) -> None:
     _jsonl(out/'train.jsonl', train)
     _jsonl(out/'eval.jsonl', held_out)
 
-# %% ../nbs/08_assets.ipynb #3ec85cac
+# %% ../nbs/08_assets.ipynb #a17b9a15
 def _arithmetic(out:Path) -> None:
     "train.jsonl, eval.jsonl"
     pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 460)
     system = 'Answer with the number alone.'
-    rows = [dict(prompt=[dict(role='system', content=system), dict(role='user', content=f'What is {a} + {b}?')], completion=str(a + b), answer=str(a + b)) for a, b in pairs]
+    def asked(a, b): return [dict(role='system', content=system), dict(role='user', content=f'What is {a} + {b}?')]
+    rows = [dict(prompt=asked(a, b), completion=str(a + b), answer=str(a + b)) for a, b in pairs]
     _jsonl(out/'train.jsonl', rows[:400])
     _jsonl(out/'eval.jsonl', rows[400:])
 

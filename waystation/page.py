@@ -25,7 +25,7 @@ def _heading(report:dict[str,Any]) -> str: # Markdown
     return f"---\n**{report['step']}**, attempt {report['attempt']}, {report['seconds']:g} s, peak {report['peak_gb']:g} GB\n\n{params}"
 
 
-# %% ../nbs/10_page.ipynb #3990ff33
+# %% ../nbs/10_page.ipynb #c298debd
 def compare(
     reports:list[dict[str,Any]], # Of steps of the station `train`
 ) -> str:                       # Markdown
@@ -52,9 +52,10 @@ def draw(
                       fmt='o', ms=4, capsize=2, label=k)
     left.set(title='held-out share right, 95%', ylim=(-0.02, 1.02), xticks=range(len(steps)), xticklabels=steps)
     left.legend(fontsize=7)
-    for ax, title, value in zip(right, ('held-out loss', 'seconds', 'adapter, MB'),
-                                (lambda r: r['figures']['eval_loss']['value'], lambda r: r['seconds'], lambda r: r['adapter_mb']), strict=True):
-        ax.bar_label(ax.bar(steps, [value(r) for r in reports], color='0.7'), fmt='%.3g', fontsize=8)
+    bars = {'held-out loss': [r['figures']['eval_loss']['value'] for r in reports], 'seconds': [r['seconds'] for r in reports],
+            'adapter, MB': [r['adapter_mb'] for r in reports]}
+    for ax, (title, heights) in zip(right, bars.items(), strict=True):
+        ax.bar_label(ax.bar(steps, heights, color='0.7'), fmt='%.3g', fontsize=8)
         ax.set(title=title, yticks=[])
     png = io.BytesIO()
     fig.savefig(png, dpi=110)

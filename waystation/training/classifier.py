@@ -143,12 +143,11 @@ class Sorter(Trainer):
         if 'numbers' in inputs: loss = loss + self.feature_weight*hierarchical_loss(model.base_model.model.branch(inputs['numbers']).float(), *how)
         return (loss, out) if return_outputs else loss
 
-# %% ../../nbs/training/15_classifier.ipynb #d38d1db1
+# %% ../../nbs/training/15_classifier.ipynb #5e3bc280
 @dataclass
 class Lesson(Course):
     "A course that ends in classes: everything was read and checked."
     labels:Labels                               # The label maps
-    train:list[dict[str,str]]                   # Training rows
     sets:dict[str,list[dict[str,str]]]          # Held-out sets
     left_out:dict[str,int]                      # Rows without text or label, or whose text is held out under another name
     held_data:dict[str,list[dict[str,Any]]]     # input_ids of the held-out sets, and their numbers if there are any
@@ -182,7 +181,7 @@ def _tokens(tokenizer:Any, rows:list[dict[str,str]], most:int) -> tuple[list[lis
     room = most - tokenizer.extra
     return [tokenizer.wrap(ids[:room]).tolist() for ids in found], sum(len(ids) > room for ids in found)
 
-# %% ../../nbs/training/15_classifier.ipynb #db481598
+# %% ../../nbs/training/15_classifier.ipynb #4d5e6b47
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -220,8 +219,8 @@ def prepare_classifier(
     trainer.remove_callback(PrinterCallback)
     every = [r for rows in sets.values() for r in rows]
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(every), 'train')
-    return Lesson(trainer, model, tokenizer, every, len(train), total, cut + sum(n for _, n in held.values()), 0, dtype, why, bar,
-                  labels, train, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
+    return Lesson(trainer, model, tokenizer, every, train, total, cut + sum(n for _, n in held.values()), 0, dtype, why, bar,
+                  labels, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
 
 # %% ../../nbs/training/15_classifier.ipynb #6b744c34
 def answers(
@@ -254,7 +253,7 @@ def answers(
     model.train(was)
     return found
 
-# %% ../../nbs/training/15_classifier.ipynb #2b6b01ea
+# %% ../../nbs/training/15_classifier.ipynb #a1348be8
 def examine_classifier(c:Lesson, who:str) -> dict[str,Any]: # 'base' or 'tuned' -> eval_loss, metrics by set and who, outputs of the first rows
     "Held-out loss and figures of the model as it is now."
     known = [x['eval_loss'] for x in c.trainer.state.log_history if x['step'] == c.total and 'eval_loss' in x]
@@ -271,10 +270,10 @@ def examine_classifier(c:Lesson, who:str) -> dict[str,Any]: # 'base' or 'tuned' 
 
 def baselines(c:Lesson) -> dict[str,dict[str,Any]]: # Set -> who -> figures
     "The largest class, and the nearest training row."
-    known, out = c.labels.numbers(c.train), {}
+    known, out = c.labels.numbers(c.rows), {}
     for name, rows in c.sets.items():
         truth = c.labels.numbers(rows)
-        near = take_over(known, nearest([r['text'] for r in c.train], [r['text'] for r in rows]))
+        near = take_over(known, nearest([r['text'] for r in c.rows], [r['text'] for r in rows]))
         out[name] = {'majority': score_levels(truth, np.tile(majority(known), (len(rows), 1)), c.labels), 'neighbour': score_levels(truth, near, c.labels)}
     return out
 
@@ -343,7 +342,7 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
-# %% ../../nbs/training/15_classifier.ipynb #2f7a6dd0
+# %% ../../nbs/training/15_classifier.ipynb #453245aa
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
     "Seal adapter and encoder, and point their `current` at them."
     p, path = job.params, job.inputs['model'].path
@@ -357,19 +356,19 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     note = '' if 'kmer-random' not in p['model'] else '\nThe base encoder was **never trained**: its weights are random from a seed.\n'
     if c.beside: note += f"\nA branch over {p['features']} (scaled as features.json says) was trained beside it; loaded as below, the text answers alone.\n"
     (job.work/'adapter/README.md').write_text(CARD.format(**{
-        **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': c.total, 'n_train': c.n_train, 'precision': c.precision, 'note': note, 'path': path,
+        **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': c.total, 'n_train': len(c.rows), 'precision': c.precision, 'note': note, 'path': path,
         'tables': tables(facts['metrics'], list(c.labels.levels), c.labels.sizes), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
         'outputs': sum(c.labels.sizes)}), encoding='utf-8')
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
              'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job),
-             'steps': c.total, 'rows': c.n_train}
+             'steps': c.total, 'rows': len(c.rows)}
     sealed = publish_model(job, job.work/'adapter', name, about | {'eval_loss': facts['eval_loss'], 'metrics': facts['metrics']})
     save_encoder(c.model, path, job.work/'encoder', f"{p['model']} tuned by run {job.run!r}")
     publish_model(job, job.work/'encoder', encoder, about)
     return {'model': name, 'encoder': encoder, 'adapter_sha256': sealed.files['adapter_model.safetensors']['sha256'],
             'labels_sha256': sealed.files['labels.json']['sha256']}
 
-# %% ../../nbs/training/15_classifier.ipynb #22520f4b
+# %% ../../nbs/training/15_classifier.ipynb #3bfe9c81
 def classify(
     job:Any,                             # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has
@@ -384,7 +383,7 @@ def classify(
     sets = {name: {'rows': len(rows), 'not_in_training': {level: int(sum(bool(r[level]) and n < 0 for r, n in zip(rows, truth[name][:, k], strict=True)))
                    for k, level in enumerate(c.labels.levels)}} for name, rows in c.sets.items()}
     shown = c.sets['rows'][:5]
-    facts = {'task': 'classify', 'steps': c.total, 'n_train': c.n_train, 'n_eval': len(c.held), 'cut_rows': c.cut, 'left_out': c.left_out, **fitted, 'sets': sets,
+    facts = {'task': 'classify', 'steps': c.total, 'n_train': len(c.rows), 'n_eval': len(c.held), 'cut_rows': c.cut, 'left_out': c.left_out, **fitted, 'sets': sets,
              'levels': list(c.labels.levels), 'classes': c.labels.sizes, 'metrics': metrics,
              'eval_loss': {'before': before['eval_loss'], 'after': after['eval_loss']},
              'samples': [dict(question=r['text'][:60], expected=' > '.join(r[x] or '?' for x in c.labels.levels), before=b, after=a)

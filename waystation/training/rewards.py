@@ -5,12 +5,12 @@
 # %% auto #0
 __all__ = ['REWARDS', 'said', 'exact', 'form', 'length', 'read_rewards', 'Learner', 'reinforce']
 
-# %% ../../nbs/training/17_rewards.ipynb #d0d89b3e
-import importlib, math, re
+# %% ../../nbs/training/17_rewards.ipynb #58f08f93
+import importlib, re
 from collections.abc import Callable
 from typing import Any
 
-import torch, transformers
+import transformers
 from datasets import Dataset
 from transformers import PrinterCallback
 from trl import GRPOConfig, GRPOTrainer
@@ -19,7 +19,7 @@ from ..questions import stands_in
 from ..runtime import Refused
 from .trainer import Course
 
-# %% ../../nbs/training/17_rewards.ipynb #ff4278a8
+# %% ../../nbs/training/17_rewards.ipynb #9444d869
 def said(completion:Any) -> str: # A message list, or plain text
     "The text of an answer, without spaces that mean nothing."
     return ' '.join((completion if isinstance(completion, str) else completion[0]['content']).split())
@@ -31,8 +31,8 @@ def exact(
     **columns,
 ) -> list[float]:        # 1 or 0
     "Whether the answer is right: has the row's `answer`, or is the completion, whole."
-    right = answer or [None] * len(expected)
-    return [float(said(c) == said(e) if a is None else stands_in(a, said(c))) for c, e, a in zip(completions, expected, right, strict=True)]
+    if answer is None: return [float(said(c) == said(e)) for c, e in zip(completions, expected, strict=True)]
+    return [float(stands_in(a, said(c))) for c, a in zip(completions, answer, strict=True)]
 
 def _shape(text:str) -> str: return re.sub(r'[^\W\d_]+', 'a', re.sub(r'\d+', '0', said(text)))
 
@@ -47,12 +47,12 @@ def length(completions:list, expected:list[str], **columns) -> list[float]: # Fr
 
 REWARDS:dict[str,Callable[...,list[float]]] = {'exact': exact, 'format': form, 'length': length}
 
-# %% ../../nbs/training/17_rewards.ipynb #acca132d
+# %% ../../nbs/training/17_rewards.ipynb #6ede9ffc
 def read_rewards(
     text:str, # 'exact, format=0.2, mine:short'
-) -> tuple[list[Callable[...,list[float]]],list[float]]: # Functions, and the weight of each
+) -> tuple[list[Any],list[float]]: # Functions, and the weight of each
     "The reward functions that a parameter names."
-    found, weights = [], []
+    found, weights = list[Any](), list[float]()
     for part in filter(None, map(str.strip, text.split(','))):
         name, _, weight = part.partition('=')
         try: weights.append(float(weight or 1))
@@ -61,7 +61,8 @@ def read_rewards(
         if not function and name.strip() not in REWARDS:
             raise Refused(f"rewards={text!r}: there is no {name.strip()!r}; there are {', '.join(REWARDS)}, and your own as module:function")
         try: f = getattr(importlib.import_module(module), function) if function else REWARDS[name.strip()]
-        except (ImportError, AttributeError) as e: raise Refused(f"rewards={text!r}: {name.strip()} cannot be imported ({e}); the module must be on PYTHONPATH") from e
+        except (ImportError, AttributeError) as e:
+            raise Refused(f"rewards={text!r}: {name.strip()} cannot be imported ({e}); the module must be on PYTHONPATH") from e
         if not callable(f): raise Refused(f"rewards={text!r}: {name.strip()} is no function")
         found.append(f)
     if not found: raise Refused(f"rewards={text!r} names nothing; task='grpo' needs marks to learn from: {', '.join(REWARDS)}, or module:function")
@@ -81,7 +82,7 @@ class Learner(GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
-# %% ../../nbs/training/17_rewards.ipynb #c88eb1dd
+# %% ../../nbs/training/17_rewards.ipynb #ca03b9b8
 def reinforce(
     c:Course,  # What `prepare` made
     job:Any,   # An open job
@@ -91,8 +92,8 @@ def reinforce(
     functions, weights = read_rewards(p['rewards'])
     at_once = p['batch_size'] * p['grad_accum']
     if p['generations'] < 2 or at_once % p['generations']:
-        raise Refused(f"generations={p['generations']} with batch_size={p['batch_size']}, grad_accum={p['grad_accum']}: answers are compared with others to the same "
-                      f"prompt, so there are 2 or more, and a step's {at_once} answers are a multiple of them")
+        raise Refused(f"generations={p['generations']} with batch_size={p['batch_size']}, grad_accum={p['grad_accum']}: an answer is compared with others to the "
+                      f"same prompt, so there are 2 or more, and a step's {at_once} answers are a multiple of them")
     rows = [dict(prompt=r['prompt'], expected=r['completion'][0]['content'], **({'answer': r['answer']} if 'answer' in r else {})) for r in c.rows]
     how = GRPOConfig(
         output_dir=old.output_dir, max_steps=c.total, per_device_train_batch_size=p['batch_size'], per_device_eval_batch_size=p['generations'],
@@ -100,7 +101,8 @@ def reinforce(
         num_generations=p['generations'], max_completion_length=c.max_new, temperature=1., beta=0., reward_weights=weights, learning_rate=p['learning_rate'],
         warmup_steps=p['warmup_steps'], lr_scheduler_type='cosine', optim=old.optim, weight_decay=0., max_grad_norm=1., gradient_checkpointing=False,
         seed=p['seed'], data_seed=p['seed'], bf16=old.bf16, fp16=old.fp16, use_cpu=old.use_cpu, dataloader_pin_memory=old.dataloader_pin_memory,
-        eval_strategy=old.eval_strategy, eval_steps=old.eval_steps, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
+        eval_strategy=old.eval_strategy, eval_steps=old.eval_steps, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[],
+        disable_tqdm=True)
     transformers.set_seed(p['seed'])
     data = Dataset.from_list(rows)  # Trainer wants rows to evaluate on; `evaluate` has its own
     learner = Learner(c.model, reward_funcs=functions, args=how, train_dataset=data, eval_dataset=data, processing_class=c.tokenizer)

@@ -266,14 +266,15 @@ def fit(
             'reward': [[x['step'], round(x['reward'], 5)] for x in said if 'reward' in x],  # grpo: of a step's answers, the mean
             'tokens_per_s': round(c.trainer.tokens/keeper.seconds, 1) if keeper.seconds else None}
 
-# %% ../../nbs/training/14_trainer.ipynb #4eadafd5
+# %% ../../nbs/training/14_trainer.ipynb #87095894
 CARD = """---
 library_name: peft
 tags: [lora, waystation]
 ---
 # {name}
 
-A LoRA adapter ({method}, r={lora_r}, alpha={lora_alpha}) for **{model}**, trained by waystation ({task}) for {total} steps on {n_train} rows of `{data}`, in {precision}.
+A LoRA adapter ({method}, r={lora_r}, alpha={lora_alpha}) for **{model}**, trained by waystation ({task}) for {total} steps
+on {n_train} rows of `{data}`, in {precision}.
 
 ## How well it does
 {n} held-out rows, greedy answers of at most {max_new} tokens, the same code for all. Right of how many, with a 95% interval (Wilson).
