@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'QUESTIONS', 'station', 'preflight', 'parser', 'store_command', 'store_ls',
-           'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'search', 'sql', 'headline',
+           'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'lint', 'search', 'sql', 'headline',
            'table', 'terminable', 'main']
 
 # %% ../nbs/90_cli.ipynb #d2bcf9df
@@ -195,6 +195,64 @@ def store_sync(
     return dict(to_b={k: getattr(ways[0], k) for k in keys}, to_a={k: getattr(ways[1], k) for k in keys}, wrong=wrong,
                 text='\n'.join([*wrong, *lines[:1 if one_way else 2]]), exit=4 if wrong else 0)
 
+# %% ../nbs/90_cli.ipynb #e7db5e88
+def _labelled(inputs:dict[str,Any], p:dict[str,Any]) -> tuple[list[Any],dict[str,list[Any]],list[Any],list[str]]: # Training rows, held-out sets, findings, levels
+    from waystation.training.labelled import divide, no_use, read_labelled
+    from waystation.training.lint import Finding
+    from waystation.training.taxonomy import make_labels, read_levels
+    if not p['labels']: raise Refused("labels='' names nothing; task='classify' needs labels (columns)")
+    levels = read_levels(p['labels'])
+    rows, out = read_labelled(inputs['data'].rows, p['text'], list(levels), {'held_out': [p['held_out']]} if p['held_out'] else None)
+    given = read_labelled(inputs['eval_data'].rows, p['text'], list(levels))[0] if 'eval_data' in inputs else None
+    found, train, sets = no_use(out), rows, {}
+    try: train, sets, _ = divide(rows, p['held_out'], given); make_labels(levels, train)
+    except Refused as e: found.append(Finding('error', 'held-out' if not sets else 'labels', len(rows), str(e), []))
+    return train, sets, found, list(levels)
+
+def _tokenised(model:str, store:str, task:str, rows:list[Any]) -> tuple[list[Any],str]: # Lengths as `lint` takes them; why there are none
+    from waystation.assets import resolve
+    try:
+        path = resolve(model, 'model', _open(store)).path
+        if task == 'classify':
+            from waystation.embedding.tokens import read_tokenizer
+            from waystation.training.labelled import label_ids
+            tok = read_tokenizer(path)
+            return [(r, 0, len(x) + tok.extra) for r, x in zip(rows, label_ids(tok, rows), strict=True)], ''
+        from transformers import AutoTokenizer
+        from waystation.training.chat import code_rows
+        return [(r, n, len(ids)) for r, (n, ids) in zip(rows, code_rows(rows, AutoTokenizer.from_pretrained(path)), strict=True)], ''
+    except (Refused, ImportError, OSError, ValueError) as e: return [], str(e).splitlines()[0]
+
+# %% ../nbs/90_cli.ipynb #f4539841
+def lint(
+    data:str,              # Rows to learn from: JSONL or Parquet; for classify whatever embed reads
+    eval_data:str='',      # Held-out rows; '' for the asset's own, else a tenth of data, by hash
+    task:str='sft',        # What to learn: 'sft', to answer as the completions do; 'classify', labels
+    model:str='asset:smollm2-135m', # Whose tokens are counted; lengths are not looked at when it is not at hand, and that is said
+    text:str='text',       # classify: column with the text or sequence
+    labels:str='',         # classify: columns with labels, from the widest level to the narrowest
+    held_out:str='',       # classify: a column of which a tenth of the values is held out whole; '' for none
+    epochs:int=1,          # Times through the rows, when max_steps is 0
+    max_steps:int=50,      # Optimizer steps; 0 to go by epochs
+    warmup_steps:int=4,    # Steps to get to the learning rate
+    batch_size:int=8,      # Rows at once
+    grad_accum:int=1,      # Batches before an optimizer step
+    max_length:int=512,    # Tokens a row may have
+    eval_steps:int=0,      # Held-out loss every so many steps; 0 only before and after
+    store:str='',          # Where store: names are looked up; '' for the one in the settings
+) -> dict[str,Any]:
+    "Look for what is wrong with rows to learn from, before a step is paid for; exit code 2 when there are errors."
+    params = dict(locals())
+    from waystation.recipe import locate
+    from waystation.training.lint import describe, find_rows, lint as look
+    if task not in ('sft', 'classify'): raise Refused(f"task={task!r} is not known; there are 'sft' (answer as the completions do) and 'classify' (labels)")
+    inputs, levels = locate({k: v for k, v in params.items() if k != 'model'}, _open(store)), []
+    if task == 'classify': train, held, found, levels = _labelled(inputs, params)
+    else: train, held, found = find_rows(*(inputs[k].path for k in ('data', 'eval_data') if k in inputs))
+    lengths, why = _tokenised(model, store, task, [*train, *(r for rows in held.values() for r in rows)])
+    said = look(train, held, params, lengths, levels, found) | dict(data=data, task=task, model=model, no_tokens=why)
+    return said | dict(text=describe(said), exit=2 if any(f['level'] == 'error' for f in said['findings']) else 0)
+
 # %% ../nbs/90_cli.ipynb #e1348ceb
 def _grid(names:Sequence[str], rows:Iterable[Sequence[Any]]) -> str: # As wide as the terminal
     def cell(v): return '' if v is None else f'{v:.6g}' if isinstance(v, float) else ' '.join(''.join(c if c.isprintable() else ' ' for c in str(v)[:2000]).split())
@@ -228,7 +286,7 @@ def search(
     return dict(table=found.name, question=question, where=where, k=k, mode=mode, model=about.get('model', ''), kept=kept, rows=rows,
                 text=_grid(first, [[r[c] for c in first] for r in rows]) if rows else 'no row')
 
-# %% ../nbs/90_cli.ipynb #7cb35cd6
+# %% ../nbs/90_cli.ipynb #2daf1522
 def sql(
     table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
     query:str,          # SELECT …; the table is called vectors, a Parquet file beside it by its name without the ending
@@ -249,9 +307,9 @@ def sql(
     text = _grid(rows.column_names, cells) if cells else 'no row'
     return told | dict(columns=rows.column_names, rows=cells, more=more, text=text + ('\n… and more; --to FILE writes all' if more else ''))
 
-QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql}
+QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql, 'lint': lint}
 
-# %% ../nbs/90_cli.ipynb #6d12467a
+# %% ../nbs/90_cli.ipynb #79afa137
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -277,10 +335,10 @@ def _headline_train(r:dict[str,Any]) -> list[tuple[str,str]]:
         for name, m in r['metrics'].items():
             rows += [(f'{name}, {k}', ', '.join(f"{who} {share(m[who]['accuracy'][k])}" for who in ('tuned', 'neighbour', 'majority')))
                      for k in r['levels'] if k in m['tuned']['accuracy']]
-        return [*rows, ('adapter', r['adapter']), ('encoder', f"store:{r['encoder']}")]
+        return [*rows, ('lint', r.get('lint', 'not done')), ('adapter', r['adapter']), ('encoder', f"store:{r['encoder']}")]
     for who in ('base', 'tuned', 'word_overlap'):
         if m := r['metrics'].get(who): rows.append((who.replace('_', ' '), ', '.join(f'{k} {share(m[k])}' for k in _MARKS if k in m)))
-    return [*rows, ('adapter', r['adapter'])]
+    return [*rows, ('lint', r.get('lint', 'not done')), ('adapter', r['adapter'])]
 
 def _headline_export(r:dict[str,Any]) -> list[tuple[str,str]]:
     rows = [('rows', f"{r['rows']:,} of {r['dim']} dimensions"), ('index', r['index'])]
@@ -370,7 +428,7 @@ def _show(result:dict[str,Any], width:int) -> str: # Of `show_run` or `show_runs
     lines += _names('names', (f'{k} -> {v}' for k, v in r['refs'].items()))
     return '\n'.join(lines + _names('damaged', r['damaged'].values()))
 
-# %% ../nbs/90_cli.ipynb #89ec1043
+# %% ../nbs/90_cli.ipynb #d650d316
 def _recipe(args:argparse.Namespace) -> dict[str,Any]:
     "`run` and `demo`."
     from waystation.page import write_page
@@ -396,7 +454,7 @@ def _store(args:argparse.Namespace) -> dict[str,Any]:
     return f(**_values(f, args))
 
 def _question(args:argparse.Namespace) -> dict[str,Any]:
-    "`search` and `sql`."
+    "`search`, `sql` and `lint`."
     f = QUESTIONS[args.verb]
     return f(**_values(f, args))
 
@@ -415,7 +473,7 @@ def terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/90_cli.ipynb #57d7e927
+# %% ../nbs/90_cli.ipynb #cf0cea00
 def main(
     argv:Sequence[str]|None=None, # None: the process' own arguments
 ) -> int:                         # The exit code
@@ -427,7 +485,7 @@ def main(
         from importlib.metadata import version
         print(version('waystation')); return 0
     if not args.verb: p.print_help(); return 0
-    does = {'run': _recipe, 'demo': _recipe, 'show': _look, 'store': _store, 'search': _question, 'sql': _question}.get(args.verb, _station)
+    does = {'run': _recipe, 'demo': _recipe, 'show': _look, 'store': _store, **dict.fromkeys(QUESTIONS, _question)}.get(args.verb, _station)
     try:
         with terminable(), contextlib.redirect_stdout(sys.stderr): result = does(args)  # whatever a library prints must not get into the JSON
     except Refused as e: return _stop(args, 2, 'refused', str(e))
@@ -436,7 +494,7 @@ def main(
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         return _stop(args, 2, 'refused', f"no space left for {e.filename or cache()}: make room, or set WAYSTATION_CACHE to another disk; what is sealed stays")
     print(json.dumps(result, ensure_ascii=False) if args.json else _text(args, result))
-    return result.get('exit', 0) if args.verb in ('store', 'preflight') else 0
+    return result.get('exit', 0) if args.verb in ('store', 'preflight', *QUESTIONS) else 0
 
 def _stop(args:argparse.Namespace, code:int, what:str, why:str) -> int: # `code`
     why = redact(why)

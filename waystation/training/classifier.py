@@ -6,8 +6,8 @@
 __all__ = ['TOKENS', 'CARD', 'encoder_parts', 'load_classifier', 'collate', 'Sorter', 'Lesson', 'prepare_classifier', 'answers',
            'examine_classifier', 'baselines', 'tables', 'save_encoder', 'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #097278ae
-import json, math, shutil
+# %% ../../nbs/training/15_classifier.ipynb #84c1593b
+import json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -125,7 +125,7 @@ def _read(job:Any) -> tuple[list[Row], dict[str,list[Row]], dict[str,list[str]],
     train, sets, also = divide(rows, p['held_out'], given)
     return train, sets, left_out, also, levels
 
-# %% ../../nbs/training/15_classifier.ipynb #d513b372
+# %% ../../nbs/training/15_classifier.ipynb #61f3be21
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -147,7 +147,8 @@ def prepare_classifier(
     tokenizer = read_tokenizer(path)
     whole = {name: label_ids(tokenizer, rows) for name, rows in {'': train, **sets}.items()}
     lengths = [(r, 0, len(x) + tokenizer.extra) for name, rows in {'': train, **sets}.items() for r, x in zip(rows, whole[name], strict=True)]
-    found = job.read('lint') or refuse(lint(train, all_sets, p, lengths, list(levels), no_use(empty)))
+    found = job.read('lint') or lint(train, all_sets, p, lengths, list(levels), no_use(empty))
+    refuse(found['findings'])
     ids, *shorter = (cut_ids(tokenizer, x, p['max_length']) for x in whole.values())
     held, cut = dict(zip(sets, shorter, strict=True)), sum(n > p['max_length'] for *_, n in lengths)
     beside = make_features([c.strip() for c in p['features'].split(',')], train) if p['features'] else None

@@ -7,7 +7,7 @@ __all__ = ['log', 'USUAL', 'CARD', 'NOTES', 'FETCH', 'linear_modules', 'check_nu
            'load_model', 'quiet', 'prepare', 'keep_lint', 'examine', 'told', 'fit', 'publish_model', 'seal_model',
            'conclude']
 
-# %% ../../nbs/training/14_trainer.ipynb #41e76673
+# %% ../../nbs/training/14_trainer.ipynb #9b25da7c
 import json, logging, math, shutil, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -25,10 +25,10 @@ from trl import SFTConfig, SFTTrainer
 
 from ..monitor import Monitor, progress
 from ..runtime import Refused, _cpu_name, precision
-from .chat import code_rows, read_rows, split
+from .chat import code_rows
 from .checkpoints import SealCallback, latest_good
 from .evaluate import generate_answers, metrics_table, score, word_overlap
-from .lint import add_to_card, lint, refuse, steps_of, summary
+from .lint import add_to_card, find_rows, lint, refuse, steps_of, summary
 
 log = logging.getLogger('waystation')
 
@@ -136,11 +136,12 @@ class Course:
     bar: Any             # Progress, in rows
     lint: dict[str, Any] # What was found in rows and settings
 
-# %% ../../nbs/training/14_trainer.ipynb #01be5f41
+# %% ../../nbs/training/14_trainer.ipynb #57e6f1bd
 def _rows(job: Any) -> tuple[list[dict], list[dict]]: # Training rows, held-out rows
-    "Read the rows of a job."
-    train = read_rows(job.inputs['data'].path)
-    return (train, read_rows(job.inputs['eval_data'].path)) if 'eval_data' in job.inputs else split(train)
+    "Read the rows of a job; a bad one stops it."
+    train, held, wrong = find_rows(*(job.inputs[k].path for k in ('data', 'eval_data') if k in job.inputs))
+    refuse(wrong)
+    return train, held['eval_data']
 
 # %% ../../nbs/training/14_trainer.ipynb #4a811eda
 def load_model(
@@ -178,7 +179,7 @@ def _config(p: dict, work: Path, total: int, dtype: str) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/14_trainer.ipynb #fd665767
+# %% ../../nbs/training/14_trainer.ipynb #b10c597d
 USUAL = dict(method='qlora', target_modules='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj')  # what '' stands for when a model learns to answer
 
 def prepare(
@@ -198,7 +199,8 @@ def prepare(
     tokenizer = AutoTokenizer.from_pretrained(path)
     coded, coded_held = (code_rows(rows, tokenizer) for rows in (train, held))
     lengths = [(r, n, len(ids)) for r, (n, ids) in zip([*train, *held], [*coded, *coded_held], strict=True)]
-    found = job.read('lint') or refuse(lint(train, {'eval_data': all_held}, p, lengths))
+    found = job.read('lint') or lint(train, {'eval_data': all_held}, p, lengths)
+    refuse(found['findings'])
     (data, cut), (exam, cut_held) = encode(coded, p['max_length']), encode(coded_held, p['max_length'])
     dtype, why = precision()
     transformers.set_seed(p['seed'])  # the adapter's first weights are random
