@@ -143,10 +143,10 @@ def test_edges(look, tmp_path):
     with pytest.raises(Refused, match="has no rows"):
         look([])
     assert look(made()[:1])[0].keys() == {"held-out"}
-    odd = [("Ist das Öl? 🐢", "Ja. 漢字"), ("\u202eabc", "\U0001f422"), ("?!", "…!"), ("a\u0000b", "\u0301"), ("同じ質問です。", "はい。")]
+    odd = [("Ist das Öl? 🐢", "Ja. 漢字"), ("\u202eabc", "\U0001f422"), ("?!", "!!"), ("a\u0000b", "\u0301"), ("同じ質問です。", "はい。")]
     assert look([*made(), *({"prompt": p, "completion": c} for p, c in odd)])[0] == {}
-    near_twin = [{"prompt": p, "completion": "はい、そうです。それは無料です。"} for p in ("このカードは本当に無料ですか。教えてください。", "このカードは本当に無料ですか。教えて下さい。")]
-    assert len(near([r["prompt"] + r["completion"] for r in near_twin])) == 1
+    japanese = "このカードは本当に無料ですか。{}はい、そうです。それは無料です。"  # no blank between the words
+    assert len(near([japanese.format("教えてください。"), japanese.format("教えて下さい。")])) == 1
     began = time.process_time()
     rules, _ = look([*made(), {"prompt": "x", "completion": "{{ [answer " * 9_000}], model=str(tmp_path / "nowhere"))
     assert rules == {} and time.process_time() - began < 20

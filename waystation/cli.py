@@ -195,7 +195,7 @@ def store_sync(
     return dict(to_b={k: getattr(ways[0], k) for k in keys}, to_a={k: getattr(ways[1], k) for k in keys}, wrong=wrong,
                 text='\n'.join([*wrong, *lines[:1 if one_way else 2]]), exit=4 if wrong else 0)
 
-# %% ../nbs/90_cli.ipynb #e7db5e88
+# %% ../nbs/90_cli.ipynb #9c8bd5ae
 def _labelled(inputs:dict[str,Any], p:dict[str,Any]) -> tuple[list[Any],dict[str,list[Any]],list[Any],list[str]]: # Training rows, held-out sets, findings, levels
     from waystation.training.labelled import divide, no_use, read_labelled
     from waystation.training.lint import Finding
@@ -204,7 +204,8 @@ def _labelled(inputs:dict[str,Any], p:dict[str,Any]) -> tuple[list[Any],dict[str
     levels = read_levels(p['labels'])
     rows, out = read_labelled(inputs['data'].rows, p['text'], list(levels), {'held_out': [p['held_out']]} if p['held_out'] else None)
     given = read_labelled(inputs['eval_data'].rows, p['text'], list(levels))[0] if 'eval_data' in inputs else None
-    found, train, sets = no_use(out), rows, {}
+    found, train = no_use(out), rows
+    sets:dict[str,list[Any]] = {}
     try: train, sets, _ = divide(rows, p['held_out'], given); make_labels(levels, train)
     except Refused as e: found.append(Finding('error', 'held-out' if not sets else 'labels', len(rows), str(e), []))
     return train, sets, found, list(levels)
@@ -223,7 +224,7 @@ def _tokenised(model:str, store:str, task:str, rows:list[Any]) -> tuple[list[Any
         return [(r, n, len(ids)) for r, (n, ids) in zip(rows, code_rows(rows, AutoTokenizer.from_pretrained(path)), strict=True)], ''
     except (Refused, ImportError, OSError, ValueError) as e: return [], str(e).splitlines()[0]
 
-# %% ../nbs/90_cli.ipynb #f4539841
+# %% ../nbs/90_cli.ipynb #ccb8e7ed
 def lint(
     data:str,              # Rows to learn from: JSONL or Parquet; for classify whatever embed reads
     eval_data:str='',      # Held-out rows; '' for the asset's own, else a tenth of data, by hash
@@ -246,7 +247,8 @@ def lint(
     from waystation.recipe import locate
     from waystation.training.lint import describe, find_rows, lint as look
     if task not in ('sft', 'classify'): raise Refused(f"task={task!r} is not known; there are 'sft' (answer as the completions do) and 'classify' (labels)")
-    inputs, levels = locate({k: v for k, v in params.items() if k != 'model'}, _open(store)), []
+    inputs = locate({k: v for k, v in params.items() if k != 'model'}, _open(store))
+    levels:list[str] = []
     if task == 'classify': train, held, found, levels = _labelled(inputs, params)
     else: train, held, found = find_rows(*(inputs[k].path for k in ('data', 'eval_data') if k in inputs))
     lengths, why = _tokenised(model, store, task, [*train, *(r for rows in held.values() for r in rows)])

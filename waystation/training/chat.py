@@ -77,16 +77,16 @@ def _lines(path: Path) -> Iterator[tuple[str, dict | str]]: # A text says what i
             except (ValueError, RecursionError) as e: yield where, f'is not JSON in UTF-8 ({e}): {shown}'; continue
             yield where, row if isinstance(row, dict) else f'is not an object: {shown}'
 
-# %% ../../nbs/training/10_chat.ipynb #c1446485
+# %% ../../nbs/training/10_chat.ipynb #d985149f
 def sort_rows(
     path: str | Path, # JSONL or Parquet, or a folder of such files
-) -> tuple[list[Row], list[tuple[str, str]]]: # Good rows in the order of the file; of each bad one the rule's name, and where and what it is
+) -> tuple[list[dict], list[tuple[str, str]]]: # Good rows in the order of the file; of each bad one the rule's name, and where and what it is
     "Tell rows that can be learnt from and bad ones apart."
     path = Path(path)
     files = sorted(f for f in path.rglob('*') if f.suffix in ('.jsonl', '.parquet')) if path.is_dir() else [path]
     if not files or files[0].suffix not in ('.jsonl', '.parquet'):
         raise Refused(f'{path} is not readable as rows; rows come as .jsonl or .parquet')
-    rows: list[Row] = []
+    rows: list[dict] = []
     bad: list[tuple[str, str]] = []
     for where, row in (x for f in files for x in _lines(f)):
         made = row if isinstance(row, str) else normalise(row, where)
@@ -98,19 +98,19 @@ def sort_rows(
 
 def read_rows(
     path: str | Path, # JSONL or Parquet, or a folder of such files
-) -> list[Row]:       # Normalised rows, in the order of the file
+) -> list[dict]:      # Normalised rows, in the order of the file
     "Read rows to learn from, and refuse the file when any of them is bad."
     rows, bad = sort_rows(path)
     if bad: raise Refused(f'{len(bad)} of {len(rows) + len(bad)} rows cannot be learnt from; mend or delete them: ' + '. '.join(why for _, why in bad[:3]))
     return rows
 
-# %% ../../nbs/training/10_chat.ipynb #8adf490a
+# %% ../../nbs/training/10_chat.ipynb #a578af1f
 def prompt_ids(tokenizer: Any, messages: list[dict], **options: Any) -> list[int]:
     "Token ids of a conversation in the model's own template."
     return tokenizer.apply_chat_template(messages, tokenize=True, return_dict=True, **options)['input_ids']
 
 def code_rows(
-    rows: list[Row],  # Normalised
+    rows: list[dict], # Normalised
     tokenizer: Any,   # With a chat template
 ) -> list[tuple[int, list[int]]]: # Of each row how many tokens come before the completion, and all of them
     "Token ids of each row, and where its completion begins."

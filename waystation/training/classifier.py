@@ -6,7 +6,7 @@
 __all__ = ['TOKENS', 'CARD', 'encoder_parts', 'load_classifier', 'collate', 'Sorter', 'Lesson', 'prepare_classifier', 'answers',
            'examine_classifier', 'baselines', 'tables', 'save_encoder', 'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #84c1593b
+# %% ../../nbs/training/15_classifier.ipynb #88c83176
 import json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -23,7 +23,6 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Printer
 
 from ..monitor import progress
 from ..runtime import Refused, precision
-from .chat import Row
 from .features import Branch, Features, make_features
 from .labelled import cut_ids, divide, label_ids, no_use, read_labelled
 from .lint import add_to_card, lint, refuse, steps_of, summary
@@ -92,13 +91,13 @@ class Sorter(Trainer):
         if 'numbers' in inputs: loss = loss + self.feature_weight*hierarchical_loss(model.base_model.model.branch(inputs['numbers']).float(), *how)
         return (loss, out) if return_outputs else loss
 
-# %% ../../nbs/training/15_classifier.ipynb #da0232e9
+# %% ../../nbs/training/15_classifier.ipynb #cee2d9ac
 @dataclass
 class Lesson(Course):
     "A course that ends in classes: everything was read and checked."
     labels:Labels                               # The label maps
-    train:list[Row]                             # Training rows
-    sets:dict[str,list[Row]]                    # Held-out sets
+    train:list[dict[str,str]]                   # Training rows
+    sets:dict[str,list[dict[str,str]]]          # Held-out sets
     left_out:dict[str,int]                      # How many rows without text or label, or whose text is held out under another name
     held_data:dict[str,list[dict[str,Any]]]     # input_ids of the held-out sets, and their numbers if there are any
     beside:Features|None                        # Numbers beside the text
@@ -113,8 +112,8 @@ def _config(p:dict[str,Any], work:Path, total:int, dtype:str) -> TrainingArgumen
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True, label_names=['labels'],
         remove_unused_columns=False, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/15_classifier.ipynb #6f70ca20
-def _read(job:Any) -> tuple[list[Row], dict[str,list[Row]], dict[str,list[str]], int, dict[str,float]]:
+# %% ../../nbs/training/15_classifier.ipynb #1aadbb76
+def _read(job:Any) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], dict[str,list[str]], int, dict[str,float]]:
     "Training rows, held-out sets, where rows stand that were left out and how many are held out under another name, and the levels of a job."
     p = job.params
     levels = read_levels(p['labels'])

@@ -21,13 +21,13 @@ from .chat import Row
 from .lint import Finding
 from .taxonomy import label_of
 
-# %% ../../nbs/training/12_labelled.ipynb #23013458
+# %% ../../nbs/training/12_labelled.ipynb #c81c2e25
 def read_labelled(
     source:str|Path,        # What `Rows` opens
     text:str,               # Column with the text or sequence
     levels:Sequence[str],   # Columns with labels, from the widest level to the narrowest
     more:Mapping[str,Sequence[str]]|None=None, # Other columns that are needed, by the parameter that names them
-) -> tuple[list[Row], dict[str,list[str]]]: # Rows with 'text' and those columns as text, '' where missing; where those stand that are left out, by reason
+) -> tuple[list[dict[str,str]], dict[str,list[str]]]: # Rows with 'text' and those columns as text, '' where missing; where those stand that are left out, by reason
     "Rows to classify; those without text or without any label are counted, not learnt."
     for file in find_files(source)[:1]:
         there = list(look(file).columns)
@@ -35,7 +35,7 @@ def read_labelled(
             if wrong := [n for n in names if n not in there]:
                 raise Refused(f"{role}: {source} has no column {', '.join(map(repr, wrong))}; its columns are {', '.join(there)}")
     keep = list(dict.fromkeys([*levels, *(c for names in (more or {}).values() for c in names)]))
-    rows:list[Row] = []
+    rows:list[dict[str,str]] = []
     out:dict[str,list[str]] = dict(no_text=[], no_label=[])
     found = (r for batch in Rows(source, id=text, text=text, keep=keep).batches() for r in batch.to_pylist())
     for n, r in enumerate(found, 1):
@@ -55,13 +55,13 @@ def no_use(
     return [Finding('warning', 'empty', len(where), f'{len(where)} rows {says[k]} and teach nothing; they are left out', where[:3])
             for k, where in left_out.items() if where]
 
-# %% ../../nbs/training/12_labelled.ipynb #ec90bed8
+# %% ../../nbs/training/12_labelled.ipynb #166b0d25
 def divide(
-    rows:list[Row],                 # Labelled
+    rows:list[dict[str,str]],       # Labelled
     held_out:str='',                # Column whose values are held out whole; '' for none
-    given:list[Row]|None=None,      # Held-out rows that the user brought; None: a tenth of `rows`
+    given:list[dict[str,str]]|None=None, # Held-out rows that the user brought; None: a tenth of `rows`
     share:float=.1,                 # Of rows, and of values
-) -> tuple[list[Row], dict[str,list[Row]], int]: # Training rows, held-out sets ('rows', 'unseen COLUMN'), how many rows are in neither
+) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], int]: # Training rows, held-out sets ('rows', 'unseen COLUMN'), how many rows are in neither
     "Hold out by hash, so that the split survives reordering, growth and another machine."
     def digest(r): return hashlib.sha256(r['text'].encode()).hexdigest()
     def whole(r): return bool(held_out and r[held_out] and in_held_out(f'{held_out}\0{r[held_out]}', share))
@@ -77,10 +77,10 @@ def divide(
         sets[name] = sorted(held, key=digest)
     return train, sets, len(others) - len(train)
 
-# %% ../../nbs/training/12_labelled.ipynb #ecc98a42
+# %% ../../nbs/training/12_labelled.ipynb #7f77a145
 def label_ids(
     tokenizer:Any,      # As `embed` reads it
-    rows:Sequence[Row], # Labelled
+    rows:Sequence[dict[str,str]], # Labelled
 ) -> list[np.ndarray]:  # Without the special tokens that go round a text
     "Token ids of each text."
     return [ids for at in range(0, len(rows), 1024) for ids, _, _ in tokenizer.encode([r['text'] for r in rows[at:at + 1024]])]
