@@ -195,7 +195,7 @@ def store_sync(
     return dict(to_b={k: getattr(ways[0], k) for k in keys}, to_a={k: getattr(ways[1], k) for k in keys}, wrong=wrong,
                 text='\n'.join([*wrong, *lines[:1 if one_way else 2]]), exit=4 if wrong else 0)
 
-# %% ../nbs/90_cli.ipynb #9c8bd5ae
+# %% ../nbs/90_cli.ipynb #af70c7ff
 def _labelled(inputs:dict[str,Any], p:dict[str,Any]) -> tuple[list[Any],dict[str,list[Any]],list[Any],list[str]]: # Training rows, held-out sets, findings, levels
     from waystation.training.labelled import divide, no_use, read_labelled
     from waystation.training.lint import Finding
@@ -216,13 +216,16 @@ def _tokenised(model:str, store:str, task:str, rows:list[Any]) -> tuple[list[Any
         path = resolve(model, 'model', _open(store)).path
         if task == 'classify':
             from waystation.embedding.tokens import read_tokenizer
-            from waystation.training.labelled import label_ids
-            tok = read_tokenizer(path)
-            return [(r, 0, len(x) + tok.extra) for r, x in zip(rows, label_ids(tok, rows), strict=True)], ''
-        from transformers import AutoTokenizer
-        from waystation.training.chat import code_rows
-        return [(r, n, len(ids)) for r, (n, ids) in zip(rows, code_rows(rows, AutoTokenizer.from_pretrained(path)), strict=True)], ''
+            tok:Any = read_tokenizer(path)
+        else:
+            from transformers import AutoTokenizer
+            tok = AutoTokenizer.from_pretrained(path)
     except (Refused, ImportError, OSError, ValueError) as e: return [], str(e).splitlines()[0]
+    if task == 'classify':
+        from waystation.training.labelled import label_ids
+        return [(r, 0, len(x) + tok.extra) for r, x in zip(rows, label_ids(tok, rows), strict=True)], ''
+    from waystation.training.chat import code_rows
+    return [(r, n, len(ids)) for r, (n, ids) in zip(rows, code_rows(rows, tok), strict=True)], ''
 
 # %% ../nbs/90_cli.ipynb #ccb8e7ed
 def lint(

@@ -149,7 +149,7 @@ def leaks(
             'take them out of one of the two', _first(f'{_where(r)} as {_where(learnt[p])}: {_said(r, task)[:60]!r}' for p, r in both.items())))
     return out
 
-# %% ../../nbs/training/11_lint.ipynb #4617a818
+# %% ../../nbs/training/11_lint.ipynb #364066c6
 def copies(
     train: Sequence[Row],
     held: Mapping[str, Sequence[Row]],
@@ -162,13 +162,13 @@ def copies(
     once = sorted(seen.values())
     pairs = [(once[i], once[j]) for i, j, _ in near([_said(rows[i], task) for i in once])]
     crossing, beside = [p for p in pairs if p[0] >= n > p[1]], [p for p in pairs if not p[0] >= n > p[1]]
-    def told(pairs): return _first(f'{_where(rows[i])} as {_where(rows[j])}: {_said(rows[i], task)[:60]!r}' for i, j in pairs)
-    says = {'duplicate': (twice, '{} rows stand before in the file word for word, and count twice; delete them if that is not meant'),
-            'near-duplicate': (beside, f'{{}} rows are nearly one that stands before them (at least {NEAR:.0%} of their three-word runs); delete them if '
-                                         'that is not meant'),
-            'near-leak': (crossing, f'{{}} held-out rows are nearly a training row (at least {NEAR:.0%} of their three-word runs), so held-out figures may flatter; '
-                                    'give eval_data of another source, or take them out')}
-    return [Finding('warning', rule, len(found), how.format(len(found)), told(found)) for rule, (found, how) in says.items() if found]
+    def told(pairs): return _first(f'{_where(rows[i])} as {_where(rows[j])}' for i, j in pairs)  # no text: this goes out with the model
+    runs = f'(at least {NEAR:.0%} of their three-word runs)'
+    says = {'duplicate': (twice, '{} of {} rows stand before in the file word for word, and count twice; delete them if that is not meant'),
+            'near-duplicate': (beside, f'{{}} of {{}} rows are nearly one that stands before them {runs}; delete them if that is not meant'),
+            'near-leak': (crossing, f'{{}} of {{}} rows are held out and nearly a training row {runs}, so held-out figures may flatter; give eval_data of '
+                                    'another source, or take them out')}
+    return [Finding('warning', rule, len(found), how.format(len(found), len(rows)), told(found)) for rule, (found, how) in says.items() if found]
 
 # %% ../../nbs/training/11_lint.ipynb #6279cb90
 Length = tuple[Row, int, int] # A row, its tokens before the completion, and all its tokens
@@ -270,7 +270,7 @@ def refuse(
     wrong = [f for f in (x if isinstance(x, Finding) else Finding(**x) for x in findings) if f.level == 'error']
     if wrong: raise Refused('; '.join(f.says + (f": {'. '.join(f.first)}" if f.first else '') for f in wrong))
 
-# %% ../../nbs/training/11_lint.ipynb #839ef8ce
+# %% ../../nbs/training/11_lint.ipynb #2ccf9d63
 def summary(said: dict[str, Any]) -> str: # '2 warnings: near-leak 3, cut 1'
     "What was found, in a line."
     def of(level): return [f"{f['rule']} {f['count']}" for f in said['findings'] if f['level'] == level]
@@ -284,7 +284,8 @@ def describe(said: dict[str, Any]) -> str:
     for f in said['findings']: lines += [f"{f['level']:<8}{f['rule']}: {f['says']}", *(f'        {x}' for x in f['first'])]
     if said.get('no_tokens'): lines += ['', f"tokens a row: not looked at, so truncation was not either ({said['no_tokens']})"]
     if t := said['tokens']:
-        lines += ['', f"tokens a row: {t['median']} median, {t['p95']} at 95%, {t['longest']} the longest; max_length={t['max_length']}"]
+        by = f" by {said['model']}" if 'model' in said else ''
+        lines += ['', f"tokens a row{by}: {t['median']} median, {t['p95']} at 95%, {t['longest']} the longest; max_length={t['max_length']}"]
         top, wide = max(c for *_, c in t['bars']), len(str(t['bars'][-1][1]))
         lines += [f"{a:>{wide}}-{b:<{wide}} {('#' if b <= t['max_length'] else 'x')*math.ceil(40*c/top):<40} {c:,}" for a, b, c in t['bars']]
     for level, b in said['labels'].items():
