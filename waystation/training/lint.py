@@ -33,7 +33,7 @@ class Finding:
 def _first(places: Iterable[Any], n: int = 3) -> list[str]: return [x for _, x in zip(range(n), places, strict=False)]
 def _where(row: Any) -> str: return getattr(row, 'where', '') or 'a row'  # a plain dict in a test has no place
 
-# %% ../../nbs/training/11_lint.ipynb #2c0ceda8
+# %% ../../nbs/training/11_lint.ipynb #3fb6c499
 def _bad(path: str | Path) -> tuple[list[dict], list[Finding]]: # Good rows, and a finding for each rule that others break
     rows, bad = sort_rows(path)
     counts = collections.Counter(rule for rule, _ in bad)
@@ -43,14 +43,14 @@ def _bad(path: str | Path) -> tuple[list[dict], list[Finding]]: # Good rows, and
 def find_rows(
     data: str | Path,                    # JSONL or Parquet, or a folder of such files
     eval_data: str | Path | None = None, # Held-out rows; None: a tenth of data, by hash
-) -> tuple[list[dict], dict[str, list[dict]], list[Finding]]: # Rows to train on, held-out rows as 'eval_data', what is wrong with the others
+) -> tuple[list[dict], dict[str, list[dict]], list[Finding]]: # Rows to train on, held-out rows by where they come from, what is wrong with others
     "Read rows to learn from, and tell what is wrong with any of them."
     train, found = _bad(data)
     if eval_data is None:
         try: train, held = split(train)
         except Refused as e: held, found = [], found or [Finding('error', 'held-out', len(train), str(e), [])]
     else: held, more = _bad(eval_data); found += more
-    return train, {'eval_data': held}, found
+    return train, {'a tenth of data' if eval_data is None else 'eval_data': held}, found
 
 # %% ../../nbs/training/11_lint.ipynb #a6ef4a4e
 # A Chinese or Japanese character counts as a word, for no blank stands between words there

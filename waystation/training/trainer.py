@@ -136,12 +136,12 @@ class Course:
     bar: Any             # Progress, in rows
     lint: dict[str, Any] # What was found in rows and settings
 
-# %% ../../nbs/training/14_trainer.ipynb #57e6f1bd
-def _rows(job: Any) -> tuple[list[dict], list[dict]]: # Training rows, held-out rows
+# %% ../../nbs/training/14_trainer.ipynb #ccbffef5
+def _rows(job: Any) -> tuple[list[dict], dict[str, list[dict]]]: # Training rows, the held-out set
     "Read the rows of a job; a bad one stops it."
     train, held, wrong = find_rows(*(job.inputs[k].path for k in ('data', 'eval_data') if k in job.inputs))
     refuse(wrong)
-    return train, held['eval_data']
+    return train, held
 
 # %% ../../nbs/training/14_trainer.ipynb #4a811eda
 def load_model(
@@ -179,7 +179,7 @@ def _config(p: dict, work: Path, total: int, dtype: str) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/14_trainer.ipynb #b10c597d
+# %% ../../nbs/training/14_trainer.ipynb #cc2c0685
 USUAL = dict(method='qlora', target_modules='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj')  # what '' stands for when a model learns to answer
 
 def prepare(
@@ -192,14 +192,14 @@ def prepare(
     path = job.inputs['model'].path
     quiet()
     if p['method'] not in ('qlora', 'lora'): raise Refused(f"method={p['method']!r} is not known; there are 'qlora' and 'lora'")
-    train, all_held = _rows(job)
-    held = all_held[:p['eval_rows'] or None]
+    train, sets = _rows(job)
+    held = [r for rows in sets.values() for r in rows][:p['eval_rows'] or None]
     total = steps_of(p, len(train))
     check_numbers(p, *linear_modules(path))
     tokenizer = AutoTokenizer.from_pretrained(path)
     coded, coded_held = (code_rows(rows, tokenizer) for rows in (train, held))
     lengths = [(r, n, len(ids)) for r, (n, ids) in zip([*train, *held], [*coded, *coded_held], strict=True)]
-    found = job.read('lint') or lint(train, {'eval_data': all_held}, p, lengths)
+    found = job.read('lint') or lint(train, sets, p, lengths)
     refuse(found['findings'])
     (data, cut), (exam, cut_held) = encode(coded, p['max_length']), encode(coded_held, p['max_length'])
     dtype, why = precision()
