@@ -52,7 +52,7 @@ def find_rows(
     else: held, more = _bad(eval_data); found += more
     return train, {'a tenth of data' if eval_data is None else 'eval_data': held}, found
 
-# %% ../../nbs/training/11_lint.ipynb #a6ef4a4e
+# %% ../../nbs/training/11_lint.ipynb #b1b31316
 # A Chinese or Japanese character counts as a word, for no blank stands between words there
 _WORD = re.compile(r'[\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]|[^\W\u3040-\u30ff\u3400-\u9fff\uf900-\ufaff]+')
 
@@ -63,7 +63,7 @@ def _words(text: str) -> list[int]: # At least three
     return found + [0]*(3 - len(found))
 
 def shingles(
-    texts: Sequence[str],
+    texts: Sequence[str], # In any script
 ) -> tuple[np.ndarray, np.ndarray]: # uint64 hashes of all runs of three words, and where those of each text begin
     "Runs of three words."
     words = [_words(t) for t in texts]
@@ -74,11 +74,11 @@ def shingles(
     h = (h ^ (h >> np.uint64(29)))*np.uint64(0xBF58476D1CE4E5B9)
     return (h ^ (h >> np.uint64(32)))[text[:-2] == text[2:]], np.concatenate([[0], np.cumsum(sizes - 2)[:-1]])
 
-# %% ../../nbs/training/11_lint.ipynb #6431235d
+# %% ../../nbs/training/11_lint.ipynb #ab67f463
 _SEEDS = np.random.Generator(np.random.PCG64(0)).integers(1, 2**63, (2, 64)).astype(np.uint64)
 
 def signatures(
-    texts: Sequence[str],
+    texts: Sequence[str], # In any script
     at_once: int = 4096, # Texts whose runs are in memory at once
 ) -> np.ndarray:         # uint32 [texts, 64]
     "The 64 smallest hashes of each text."
@@ -126,7 +126,7 @@ def near(
             if share >= least: out.append((later, earlier, round(share, 3))); done = later
     return out
 
-# %% ../../nbs/training/11_lint.ipynb #e97e3a83
+# %% ../../nbs/training/11_lint.ipynb #fde1bf27
 def _said(row: Mapping[str, Any], task: str) -> str: # Without the system's words, which are the same in every row
     "What a row says, as one text."
     return row['text'] if task == 'classify' else '\n'.join(m['content'] for m in row['prompt'] + row['completion'] if m['role'] != 'system')
@@ -135,7 +135,7 @@ def _prompt(row: Mapping[str, Any], task: str) -> str: return row['text'] if tas
 def _whole(row: Mapping[str, Any], task: str) -> str: return row['text'] if task == 'classify' else json.dumps([row['prompt'], row['completion']])
 
 def leaks(
-    train: Sequence[Row],
+    train: Sequence[Row],               # Rows to learn from
     held: Mapping[str, Sequence[Row]],  # Held-out sets
     task: str,                          # 'sft' or 'classify'
 ) -> list[Finding]:
@@ -149,11 +149,11 @@ def leaks(
             'take them out of one of the two', _first(f'{_where(r)} as {_where(learnt[p])}: {_said(r, task)[:60]!r}' for p, r in both.items())))
     return out
 
-# %% ../../nbs/training/11_lint.ipynb #364066c6
+# %% ../../nbs/training/11_lint.ipynb #40c1beae
 def copies(
-    train: Sequence[Row],
-    held: Mapping[str, Sequence[Row]],
-    task: str,
+    train: Sequence[Row],               # Rows to learn from
+    held: Mapping[str, Sequence[Row]],  # Held-out sets
+    task: str,                          # 'sft' or 'classify'
 ) -> list[Finding]:
     "Rows that stand twice or nearly, on one side or on both."
     rows, n = [*train, *(r for rows in held.values() for r in rows)], len(train)
@@ -170,11 +170,11 @@ def copies(
                                     'another source, or take them out')}
     return [Finding('warning', rule, len(found), how.format(len(found), len(rows)), told(found)) for rule, (found, how) in says.items() if found]
 
-# %% ../../nbs/training/11_lint.ipynb #6279cb90
+# %% ../../nbs/training/11_lint.ipynb #276acfd5
 Length = tuple[Row, int, int] # A row, its tokens before the completion, and all its tokens
 
 def too_long(
-    rows: Sequence[Length],
+    rows: Sequence[Length], # Those that the model sees
     most: int,              # max_length
     task: str,              # 'sft' or 'classify'
 ) -> list[Finding]:
@@ -243,7 +243,7 @@ def balance(
             out.append(Finding('warning', 'one-class', total, f'every training row has the same {level} ({name}), which is then always right; leave it out', []))
     return told, out
 
-# %% ../../nbs/training/11_lint.ipynb #01199502
+# %% ../../nbs/training/11_lint.ipynb #20186051
 def lint(
     train: Sequence[Row],               # Rows to learn from
     held: Mapping[str, Sequence[Row]],  # Held-out sets
@@ -264,20 +264,24 @@ def lint(
             'tokens': measure([n for *_, n in lengths], p['max_length']) if lengths else {}, 'labels': labels}
 
 def refuse(
-    findings: Sequence[Finding | dict[str, Any]],
+    findings: Sequence[Finding | dict[str, Any]], # Of `find_rows` or `lint`
 ):
     "Stop at errors."
     wrong = [f for f in (x if isinstance(x, Finding) else Finding(**x) for x in findings) if f.level == 'error']
     if wrong: raise Refused('; '.join(f.says + (f": {'. '.join(f.first)}" if f.first else '') for f in wrong))
 
-# %% ../../nbs/training/11_lint.ipynb #2ccf9d63
-def summary(said: dict[str, Any]) -> str: # '2 warnings: near-leak 3, cut 1'
+# %% ../../nbs/training/11_lint.ipynb #b284ad4c
+def summary(
+    said: dict[str, Any], # What `lint` said
+) -> str:                 # '2 warnings: near-leak 3, cut 1'
     "What was found, in a line."
     def of(level): return [f"{f['rule']} {f['count']}" for f in said['findings'] if f['level'] == level]
     parts = [f"{len(x)} {level}{'s'[:len(x) > 1]}: {', '.join(x)}" for level in ('error', 'warning') if (x := of(level))]
     return '; '.join(parts) or 'nothing found'
 
-def describe(said: dict[str, Any]) -> str:
+def describe(
+    said: dict[str, Any], # What `lint` said
+) -> str:
     "What was found, for a terminal."
     held = ', '.join(f'{n:,} held out ({k})' for k, n in said['held_out'].items())
     lines = [f"{said['rows']:,} rows to learn from, {held or 'none held out'}; {said['steps']:,} steps"]
