@@ -11,7 +11,7 @@ from typing import Any
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/2_train.ipynb #25cba076
+# %% ../../nbs/stations/2_train.ipynb #c69fd4e2
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -59,6 +59,7 @@ def train(
             from waystation.embedding.tokens import read_tokenizer  # the same tokens as when the encoder embeds
             from waystation.training.classifier import classify
             return classify(job, read_tokenizer)
+        from waystation.training.lint import summary
         from waystation.training.trainer import conclude, examine, fit, prepare
         course = prepare(job)  # refuses what cannot work
         if task == 'grpo':
@@ -67,4 +68,4 @@ def train(
         before = job.read('baseline') or job.note('baseline', examine(course))
         fitted = fit(course, job)
         done = conclude(course, job, before, fitted, examine(course))
-        return job.finish(done, files={'adapter': (done['model'], '')})
+        return job.finish(done | {'lint': summary(course.lint)}, files={'adapter': (done['model'], '')})
