@@ -7,12 +7,12 @@ __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'QUESTIONS', 'station', 'preflight
            'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'search', 'sql', 'headline',
            'table', 'terminable', 'main']
 
-# %% ../nbs/90_cli.ipynb #d2bcf9df
+# %% ../nbs/90_cli.ipynb #ec31dab7
 import argparse, contextlib, errno, importlib, inspect, json, shutil, signal, sys, textwrap, threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from .runtime import Interrupted, Refused, cache, redact, settings
+from .runtime import GateFailed, Interrupted, Refused, cache, redact, settings
 
 # %% ../nbs/90_cli.ipynb #5d187f15
 STATIONS = {'setup': 'look at this machine and fetch models and data', 'train': 'fine-tune a model to answer or to classify, and measure it on held-out rows',
@@ -251,7 +251,7 @@ def sql(
 
 QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql}
 
-# %% ../nbs/90_cli.ipynb #6d12467a
+# %% ../nbs/90_cli.ipynb #1a346946
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -270,9 +270,11 @@ def headline(
 _MARKS = ('format', 'citation', 'answer', 'both', 'exact')  # in this order; a seal sorts its keys
 
 def _headline_train(r:dict[str,Any]) -> list[tuple[str,str]]:
+    from waystation.gates import sentence
     def share(m): return f"{m['hits']}/{m['n']} [{m['low']:.2f}, {m['high']:.2f}]"
     rows = [('steps', f"{r['steps']}" + (f", resumed from {r['resumed_from']}" if r['resumed_from'] else '')),
             ('held-out loss', f"{r['eval_loss']['before']:.3f} before, {r['eval_loss']['after']:.3f} after")]
+    rows += [('gate', sentence(g)) for g in r.get('gates', [])]
     if r.get('task') == 'classify':  # a line for each held-out set and level
         for name, m in r['metrics'].items():
             rows += [(f'{name}, {k}', ', '.join(f"{who} {share(m[who]['accuracy'][k])}" for who in ('tuned', 'neighbour', 'majority')))
@@ -415,7 +417,7 @@ def terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/90_cli.ipynb #57d7e927
+# %% ../nbs/90_cli.ipynb #ce1bbf13
 def main(
     argv:Sequence[str]|None=None, # None: the process' own arguments
 ) -> int:                         # The exit code
@@ -431,6 +433,7 @@ def main(
     try:
         with terminable(), contextlib.redirect_stdout(sys.stderr): result = does(args)  # whatever a library prints must not get into the JSON
     except Refused as e: return _stop(args, 2, 'refused', str(e))
+    except GateFailed as e: return _stop(args, 4, 'gate failed', str(e))
     except (Interrupted, KeyboardInterrupt) as e: return _stop(args, 3, 'interrupted', str(e) or 'what is sealed stays; the same command goes on from there')
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/stations/2_train.ipynb #deed6112
+# %% ../../nbs/stations/2_train.ipynb #cd9a7fda
 from typing import Any
 
+from ..gates import read_gates
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/2_train.ipynb #1a98bab4
+# %% ../../nbs/stations/2_train.ipynb #8afa4888
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -46,12 +47,14 @@ def train(
     keep_last:int=0,       # Keep so many of the newest checkpoints; 0 for all
     keep_best:int=0,       # And so many of the best by held-out loss
     eval_rows:int=0,       # Examine on so many held-out rows; 0 for all
+    gates:str='',          # What held-out figures must reach before `current` moves, such as citation >= 0.9, eval_loss <= 0.3; '' for nothing
 ) -> dict[str,Any]:        # The report: loss, metrics, samples, adapter
     "Fine-tune a model, and measure it on held-out rows before and after."
     params = dict(locals())
+    read_gates(gates)  # what cannot be read is refused first
     if task not in ('sft', 'classify'): raise Refused(f"task={task!r} is not known; there are 'sft' (answer as the completions do) and 'classify' (labels)")
     with begin('train', params) as job:
-        if job.report: return job.report
+        if report := job.judged(): return report
         if task == 'classify':
             from waystation.embedding.tokens import read_tokenizer  # the same tokens as when the encoder embeds
             from waystation.training.classifier import classify
@@ -61,4 +64,4 @@ def train(
         before = job.read('baseline') or job.note('baseline', examine(course))
         fitted = fit(course, job)
         done = conclude(course, job, before, fitted, examine(course))
-        return job.finish(done, files={'adapter': (done['model'], '')})
+        return job.finish(done, {'adapter': (done['model'], '')}, [done['model']])

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'CARD', 'read_labelled', 'divide', 'encoder_parts', 'load_classifier', 'collate', 'Sorter', 'Lesson',
-           'prepare_classifier', 'answers', 'examine_classifier', 'baselines', 'tables', 'save_encoder',
-           'seal_classifier', 'classify']
+           'prepare_classifier', 'answers', 'examine_classifier', 'gate_figures', 'gate_names', 'baselines', 'tables',
+           'save_encoder', 'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #29cbe95b
+# %% ../../nbs/training/15_classifier.ipynb #e9308a68
 import hashlib, json, math, shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +23,7 @@ from peft import LoraConfig, get_peft_model
 from transformers import AutoConfig, AutoModelForSequenceClassification, PrinterCallback, Trainer, TrainingArguments
 
 from ..formats import look
+from ..gates import check_names, read_gates
 from ..monitor import progress
 from ..questions import in_held_out
 from ..rows import Rows, find_files
@@ -182,7 +183,7 @@ def _tokens(tokenizer:Any, rows:list[dict[str,str]], most:int) -> tuple[list[lis
     room = most - tokenizer.extra
     return [tokenizer.wrap(ids[:room]).tolist() for ids in found], sum(len(ids) > room for ids in found)
 
-# %% ../../nbs/training/15_classifier.ipynb #db481598
+# %% ../../nbs/training/15_classifier.ipynb #80820036
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -198,6 +199,7 @@ def prepare_classifier(
     job.params = p = p | dict(method='lora', target_modules=p['target_modules'] or ','.join(x for x in linear if x != TOKENS))
     train, sets, left_out, levels = _read(job)
     labels = make_labels(levels, train)
+    check_names(read_gates(p['gates']), gate_names(labels, sets))
     per_epoch = math.ceil(math.ceil(len(train)/max(1, p['batch_size']))/max(1, p['grad_accum']))
     total = p['max_steps'] or math.ceil(per_epoch*p['epochs'])
     if total <= 0: raise Refused(f"epochs={p['epochs']} and max_steps={p['max_steps']} make no step; give one of them")
@@ -254,7 +256,7 @@ def answers(
     model.train(was)
     return found
 
-# %% ../../nbs/training/15_classifier.ipynb #2b6b01ea
+# %% ../../nbs/training/15_classifier.ipynb #6dc13e54
 def examine_classifier(c:Lesson, who:str) -> dict[str,Any]: # 'base' or 'tuned' -> eval_loss, metrics by set and who, outputs of the first rows
     "Held-out loss and figures of the model as it is now."
     known = [x['eval_loss'] for x in c.trainer.state.log_history if x['step'] == c.total and 'eval_loss' in x]
@@ -268,6 +270,23 @@ def examine_classifier(c:Lesson, who:str) -> dict[str,Any]: # 'base' or 'tuned' 
             if who == 'tuned' and f'said_{part}' in found: metrics[name][f'tuned_{part}'] = score_levels(truth, found[f'said_{part}'], c.labels)
         if name == 'rows': outputs = [c.labels.path(x) for x in found['said'][:5].tolist()]
     return {'eval_loss': round(loss, 6), 'metrics': metrics, 'outputs': outputs}
+
+def gate_figures(
+    tuned:dict[str,dict[str,Any]], # Held-out set -> what `score_levels` said
+) -> dict[str,Any]:                # 'accuracy.genus', 'path', 'unseen_genus.accuracy.family', … -> the figure
+    "What a gate can name."
+    out:dict[str,Any] = {}
+    for name, m in tuned.items():
+        before = '' if name == 'rows' else name.replace(' ', '_') + '.'
+        out |= {f'{before}{figure}.{level}': x for figure in ('accuracy', 'macro_f1', 'calibration') for level, x in m[figure].items()}
+        if 'path' in m: out[f'{before}path'] = m['path']
+    return out
+
+def gate_names(labels:Labels, sets:dict[str,list[dict[str,str]]]) -> list[str]: # Before anything is computed
+    "The names that `gate_figures` will have: a level counts where some held-out row knows it."
+    def known(rows): return {level: None for level, column in zip(labels.levels, labels.numbers(rows).T, strict=True) if (column >= 0).any()}
+    empty = {name: dict.fromkeys(('accuracy', 'macro_f1', 'calibration'), known(rows)) for name, rows in sets.items()}
+    return [*gate_figures({n: m | ({'path': None} if len(labels.levels) > 1 else {}) for n, m in empty.items()}), 'eval_loss']
 
 def baselines(c:Lesson) -> dict[str,dict[str,Any]]: # Set -> who -> figures
     "The largest class, and the nearest training row."
@@ -343,9 +362,9 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
-# %% ../../nbs/training/15_classifier.ipynb #2f7a6dd0
+# %% ../../nbs/training/15_classifier.ipynb #a181c63d
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
-    "Seal adapter and encoder, and point their `current` at them."
+    "Seal adapter and encoder."
     p, path = job.params, job.inputs['model'].path
     base = f"models/{job.run}" + ('' if job.step == 'train' else f'-{job.step}')
     name, encoder = f'{base}/v{job.attempt}', f'{base}-encoder/v{job.attempt}'
@@ -369,7 +388,7 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     return {'model': name, 'encoder': encoder, 'adapter_sha256': sealed.files['adapter_model.safetensors']['sha256'],
             'labels_sha256': sealed.files['labels.json']['sha256']}
 
-# %% ../../nbs/training/15_classifier.ipynb #22520f4b
+# %% ../../nbs/training/15_classifier.ipynb #68f8bd69
 def classify(
     job:Any,                             # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has
@@ -386,10 +405,11 @@ def classify(
     shown = c.sets['rows'][:5]
     facts = {'task': 'classify', 'steps': c.total, 'n_train': c.n_train, 'n_eval': len(c.held), 'cut_rows': c.cut, 'left_out': c.left_out, **fitted, 'sets': sets,
              'levels': list(c.labels.levels), 'classes': c.labels.sizes, 'metrics': metrics,
+             'figures': gate_figures({name: m['tuned'] for name, m in metrics.items()}) | {'eval_loss': {'value': after['eval_loss'], 'n': len(c.sets['rows'])}},
              'eval_loss': {'before': before['eval_loss'], 'after': after['eval_loss']},
              'samples': [dict(question=r['text'][:60], expected=' > '.join(r[x] or '?' for x in c.labels.levels), before=b, after=a)
                          for r, b, a in zip(shown, before['outputs'], after['outputs'], strict=True)],
              'precision': c.precision, 'why': c.why}
     c.bar.close()
     done = facts | seal_classifier(c, job, facts)
-    return job.finish(done, files={'adapter': (done['model'], ''), 'encoder_folder': (done['encoder'], '')})
+    return job.finish(done, {'adapter': (done['model'], ''), 'encoder_folder': (done['encoder'], '')}, [done['model'], done['encoder']])

