@@ -125,3 +125,51 @@ def test_the_command_ends_with_4(few, capsys):
     assert (said["error"], said["exit"]) == ("gate failed", 4) and "exact >= 0.9: failed with 0 of n=3" in said["message"]
     assert main(["show", "t", "--store", few["store"]]) == 0
     assert "exact >= 0.9: failed with 0 of n=3" in capsys.readouterr().out
+
+
+def test_early_stop_takes_the_best_checkpoint_and_a_kill_changes_nothing(few, tmp_path, monkeypatch):
+    "Too high a rate makes the validation loss rise; the held-out rows are looked at twice, and the patience survives a kill at any seal."
+    looked = []
+    evaluate = trainer.Tuner.evaluate
+
+    def watched(self, *args, **kw):
+        found = evaluate(self, *args, **kw)
+        looked.append("test" if "test_loss" in found else "validation")
+        return found
+
+    how = few | dict(max_steps=20, batch_size=4, eval_steps=2, early_stop=3, seal_steps=5, learning_rate=1.0, warmup_steps=4, eval_rows=1, keep_last=2)
+    with monkeypatch.context() as m:
+        m.setattr(trainer.Tuner, "evaluate", watched)
+        whole = train(**how | dict(run="whole"))
+    assert looked == ["test", *["validation"] * len(whole["evals"]), "test"]
+    losses = dict(map(tuple, whole["evals"]))
+    best = min(losses, key=losses.get)
+    assert whole["best_step"] == best and whole["steps"] == best + 3 * 2 < 20, whole["evals"]
+    store = Store(few["store"])
+    sealed = store.read(f"runs/whole/train/1/checkpoints/{best}").files["adapter_model.safetensors"]["sha256"]
+    assert sealed == whole["adapter_sha256"] and whole["n_validation"] + whole["n_train"] == train(**few | dict(run="plain", max_steps=1))["n_train"]
+
+    seal = Job.seal
+    assert store.list("runs/whole/train/1/checkpoints") == [f"runs/whole/train/1/checkpoints/{n}" for n in (best, 10, 12)]
+    for stop in (10, 12):  # the best is sealed, and a later one; the last, after which nothing is left to train
+
+        def cut(self, folder, kind, number=None, meta=None, stop=stop):
+            name = seal(self, folder, kind, number, meta)
+            if kind == "checkpoints" and number == stop:
+                raise KeyboardInterrupt
+            return name
+
+        with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(Job, "seal", cut)
+            train(**how | dict(run=f"cut{stop}"))
+        again = train(**how | dict(run=f"cut{stop}"))
+        for key in ("adapter_sha256", "evals", "eval_loss", "steps", "best_step", "samples"):
+            assert again[key] == whole[key], (stop, key)
+
+
+def test_early_stop_that_cannot_work(few, tmp_path):
+    with pytest.raises(Refused, match="eval_steps=0 makes none"):
+        train(**few | dict(early_stop=1))
+    with pytest.raises(Refused, match="leave early_stop out"):
+        train(**few | dict(early_stop=1, eval_steps=1, data=rows(tmp_path / "few.jsonl", 12), eval_rows=0, batch_size=1))
+    assert Store(few["store"]).list() == []

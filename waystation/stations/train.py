@@ -12,7 +12,7 @@ from ..gates import read_gates
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/2_train.ipynb #8afa4888
+# %% ../../nbs/stations/2_train.ipynb #a2ce1046
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -42,6 +42,7 @@ def train(
     grad_accum:int=1,      # Batches before an optimizer step
     max_length:int=512,    # Tokens a row may have
     eval_steps:int=0,      # Held-out loss every so many steps; 0 only before and after
+    early_stop:int=0,      # Stop after so many evaluations without improvement on a tenth of the training rows, and take the best checkpoint; 0 to go on
     seal_steps:int=10,     # Seal a checkpoint every so many steps; 0 by time alone
     seal_minutes:float=30.,# Seal a checkpoint at the latest after so many minutes
     keep_last:int=0,       # Keep so many of the newest checkpoints; 0 for all

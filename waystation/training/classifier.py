@@ -4,17 +4,17 @@
 
 # %% auto #0
 __all__ = ['TOKENS', 'CARD', 'read_labelled', 'divide', 'encoder_parts', 'load_classifier', 'collate', 'Sorter', 'Lesson',
-           'prepare_classifier', 'answers', 'examine_classifier', 'gate_figures', 'gate_names', 'baselines', 'tables',
-           'save_encoder', 'seal_classifier', 'classify']
+           'set_aside', 'prepare_classifier', 'answers', 'examine_classifier', 'gate_figures', 'gate_names',
+           'baselines', 'tables', 'save_encoder', 'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #e9308a68
+# %% ../../nbs/training/15_classifier.ipynb #b27a75c7
 import hashlib, json, math, shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .trainer import Course, check_numbers, fit, publish_model, quiet, told  # first: it quietens what peft says when it is imported
+from .trainer import WATCHED, Course, SameOrder, check_numbers, check_patience, fit, held_loss, publish_model, quiet, told  # first: it quietens what peft says when it is imported
 
 import numpy as np
 import torch, transformers
@@ -119,7 +119,7 @@ def load_classifier(
     return get_peft_model(model, LoraConfig(r=p['lora_r'], lora_alpha=p['lora_alpha'], lora_dropout=p['lora_dropout'], task_type='SEQ_CLS',
                                             target_modules=rf'.*\.(encoder\..*|embeddings)\.({wanted})', modules_to_save=whole))
 
-# %% ../../nbs/training/15_classifier.ipynb #01690c81
+# %% ../../nbs/training/15_classifier.ipynb #d7db351d
 def collate(
     rows:Sequence[dict[str,Any]], # input_ids, perhaps labels and numbers
     pad:int,                      # Token for empty slots
@@ -130,7 +130,7 @@ def collate(
     mask = torch.tensor([[1]*len(r['input_ids']) + [0]*(width - len(r['input_ids'])) for r in rows])
     return {'input_ids': ids, 'attention_mask': mask} | {k: torch.tensor([r[k] for r in rows]) for k in ('labels', 'numbers') if k in rows[0]}
 
-class Sorter(Trainer):
+class Sorter(SameOrder, Trainer):
     "transformers' Trainer with the loss over all levels, and a count of the tokens it was shown."
     tokens = 0
     labels:Labels
@@ -165,7 +165,7 @@ def _config(p:dict[str,Any], work:Path, total:int, dtype:str) -> TrainingArgumen
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True, label_names=['labels'],
         remove_unused_columns=False, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/15_classifier.ipynb #80d6bc25
+# %% ../../nbs/training/15_classifier.ipynb #99b12a3e
 def _read(job:Any) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], dict[str,int], dict[str,float]]:
     "Training rows, held-out sets, what was left out, and the levels of a job."
     p = job.params
@@ -177,13 +177,20 @@ def _read(job:Any) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], 
     train, sets, left_out['also_held_out'] = divide(rows, p['held_out'], given, most=p['eval_rows'])
     return train, sets, left_out, levels
 
+def set_aside(rows:list[dict[str,str]]) -> tuple[list[dict[str,str]], list[dict[str,str]]]: # Rows to learn from, and those to stop by
+    "Give up a tenth of the training rows, by the hash of the text, so that `early_stop` need not look at held-out ones."
+    train, watch = ([r for r in rows if in_held_out('validation ' + r['text'], WATCHED) is side] for side in (False, True))
+    if not train or not watch:
+        raise Refused(f"{len(rows)} training rows leave {len(watch)} to stop by and {len(train)} to learn from; add rows, or leave early_stop out")
+    return train, watch
+
 def _tokens(tokenizer:Any, rows:list[dict[str,str]], most:int) -> tuple[list[list[int]], int]: # Token ids of each row, and how many rows were cut
     "Rows as the encoder sees them; what is over the limit loses its end, and is counted."
     found = [ids for at in range(0, len(rows), 1024) for ids, _, _ in tokenizer.encode([r['text'] for r in rows[at:at + 1024]])]
     room = most - tokenizer.extra
     return [tokenizer.wrap(ids[:room]).tolist() for ids in found], sum(len(ids) > room for ids in found)
 
-# %% ../../nbs/training/15_classifier.ipynb #80820036
+# %% ../../nbs/training/15_classifier.ipynb #fcdecd4f
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -198,6 +205,8 @@ def prepare_classifier(
     linear, positions, _ = encoder_parts(path)
     job.params = p = p | dict(method='lora', target_modules=p['target_modules'] or ','.join(x for x in linear if x != TOKENS))
     train, sets, left_out, levels = _read(job)
+    check_patience(p)
+    if p['early_stop']: train, watch = set_aside(train)
     labels = make_labels(levels, train)
     check_names(read_gates(p['gates']), gate_names(labels, sets))
     per_epoch = math.ceil(math.ceil(len(train)/max(1, p['batch_size']))/max(1, p['grad_accum']))
@@ -215,15 +224,17 @@ def prepare_classifier(
     dtype, why = precision()
     model = load_classifier(path, labels, p, beside)
     pad = model.config.pad_token_id or 0
-    trainer = Sorter(model, args=_config(p, job.work, total, dtype), train_dataset=as_data(ids, train), eval_dataset=as_data(held['rows'][0], sets['rows']),
+    exam = as_data(held['rows'][0], sets['rows'])
+    seen = as_data(_tokens(tokenizer, watch, p['max_length'])[0], watch) if p['early_stop'] else exam
+    trainer = Sorter(model, args=_config(p, job.work, total, dtype), train_dataset=as_data(ids, train), eval_dataset=seen,
                      data_collator=lambda rows: collate(rows, pad))
     trainer.labels, trainer.feature_weight = labels, p['feature_weight']
     trainer.model_accepts_loss_kwargs = False  # our loss is a mean, so Trainer must divide it by grad_accum
     trainer.remove_callback(PrinterCallback)
     every = [r for rows in sets.values() for r in rows]
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(every), 'train')
-    return Lesson(trainer, model, tokenizer, every, len(train), total, cut + sum(n for _, n in held.values()), 0, dtype, why, bar,
-                  labels, train, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
+    return Lesson(trainer, model, tokenizer, every, len(train), total, cut + sum(n for _, n in held.values()), 0, dtype, why, bar, exam,
+                  len(watch) if p['early_stop'] else 0, labels, train, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
 
 # %% ../../nbs/training/15_classifier.ipynb #6b744c34
 def answers(
@@ -256,11 +267,10 @@ def answers(
     model.train(was)
     return found
 
-# %% ../../nbs/training/15_classifier.ipynb #6dc13e54
+# %% ../../nbs/training/15_classifier.ipynb #8c1a90df
 def examine_classifier(c:Lesson, who:str) -> dict[str,Any]: # 'base' or 'tuned' -> eval_loss, metrics by set and who, outputs of the first rows
     "Held-out loss and figures of the model as it is now."
-    known = [x['eval_loss'] for x in c.trainer.state.log_history if x['step'] == c.total and 'eval_loss' in x]
-    loss = known[-1] if known else c.trainer.evaluate()['eval_loss']
+    loss = held_loss(c)
     metrics, outputs = {}, []
     for name, rows in c.sets.items():
         truth, found = c.labels.numbers(rows), answers(c.model, c.held_data[name], c.labels, c.bar.update)
@@ -362,7 +372,7 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
-# %% ../../nbs/training/15_classifier.ipynb #a181c63d
+# %% ../../nbs/training/15_classifier.ipynb #b41cb4df
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
     "Seal adapter and encoder."
     p, path = job.params, job.inputs['model'].path
@@ -376,12 +386,12 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     note = '' if 'kmer-random' not in p['model'] else '\nThe base encoder was **never trained**: its weights are random from a seed.\n'
     if c.beside: note += f"\nA branch over {p['features']} (scaled as features.json says) was trained beside it; loaded as below, the text answers alone.\n"
     (job.work/'adapter/README.md').write_text(CARD.format(**{
-        **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': c.total, 'n_train': c.n_train, 'precision': c.precision, 'note': note, 'path': path,
+        **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': facts.get('best_step', c.total), 'n_train': c.n_train, 'precision': c.precision, 'note': note, 'path': path,
         'tables': tables(facts['metrics'], list(c.labels.levels), c.labels.sizes), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
         'outputs': sum(c.labels.sizes)}), encoding='utf-8')
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
              'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job),
-             'steps': c.total, 'rows': c.n_train}
+             'steps': facts.get('best_step', c.total), 'rows': c.n_train}
     sealed = publish_model(job, job.work/'adapter', name, about | {'eval_loss': facts['eval_loss'], 'metrics': facts['metrics']})
     save_encoder(c.model, path, job.work/'encoder', f"{p['model']} tuned by run {job.run!r}")
     publish_model(job, job.work/'encoder', encoder, about)
