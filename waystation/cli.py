@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'QUESTIONS', 'station', 'preflight', 'parser', 'store_command', 'store_ls',
-           'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'search', 'sql', 'headline',
-           'table', 'terminable', 'main']
+           'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'search', 'sql', 'evaluate',
+           'headline', 'table', 'terminable', 'main']
 
 # %% ../nbs/90_cli.ipynb #ec31dab7
 import argparse, contextlib, errno, importlib, inspect, json, shutil, signal, sys, textwrap, threading
@@ -251,6 +251,46 @@ def sql(
 
 QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql}
 
+# %% ../nbs/90_cli.ipynb #57e95962
+def evaluate(
+    model:str,          # A model, an adapter or a classifier: a folder, store:models/NAME/current, asset:NAME or a hub id
+    data:str,           # Rows that it never saw, as train takes them: JSONL or Parquet; for a classifier whatever embed reads
+    rows:int=0,         # Ask about so many rows, the first; 0 for all
+    text:str='text',    # A classifier's: column with the text or sequence
+    max_new:int=96,     # Tokens an answer may have
+    form:str='',        # What an answer must look like as a whole: a regular expression, or a .json file with a JSON schema; '' for anything
+    refusal:str='',     # What a refusal has: a regular expression; '' for the usual words
+    grounding:str='',   # The encoder that says whether a cited text supports a sentence, such as asset:minilm; '' to count words
+    store:str='',       # Where models are looked up; '' for the one in the settings
+) -> dict[str,Any]:
+    "Measure a model on rows that it never saw, and its base beside it: each figure with n and a 95% interval."
+    from waystation.assets import resolve
+    from waystation.training import report as part
+    place = _open(store)
+    folder = resolve(model, 'model', place).path
+    if (folder/'labels.json').is_file():
+        from waystation.embedding.tokens import read_tokenizer
+        found = part.report_levels(folder, resolve(data, 'source', place).rows, text, place, read_tokenizer, rows)
+    else:
+        from waystation.training.chat import read_rows
+        asked, more = read_rows(resolve(data, 'eval_data', place).path)[:rows or None], {}
+        if grounding: more = dict(support=_by_meaning(resolve(grounding, 'model', place).path))
+        found = part.report_answers(folder, asked, place, max_new, form, refusal, **more)
+    lines = part.report_table(found['metrics'])
+    said = [f"supported means at least {g['limit']:.3g} by {grounding or 'shared words'}; on pairs of known truth that misses {g['missed']['hits']} of "
+            f"{g['missed']['n']} right ones and passes {g['fooled']['hits']} of {g['fooled']['n']} wrong ones"] if 'missed' in (g := found.get('grounding', {})) else []
+    return dict(model=model, data=data) | found | dict(text='\n'.join([_grid(lines[0], lines[1:]), *said]))
+
+def _by_meaning(folder:Any) -> Callable[[Sequence[tuple[str,str]]],list[float]]: # How near sentence and text are
+    def support(pairs):
+        from waystation.embedding.engine import embed_texts
+        import numpy as np
+        a, b = (np.asarray(embed_texts(folder, list(side))) for side in zip(*pairs, strict=True))
+        return ((a*b).sum(1)/np.linalg.norm(a, axis=1)/np.linalg.norm(b, axis=1)).tolist()
+    return support
+
+QUESTIONS['evaluate'] = evaluate
+
 # %% ../nbs/90_cli.ipynb #1a346946
 def headline(
     report:dict[str,Any], # A station's report
@@ -372,7 +412,7 @@ def _show(result:dict[str,Any], width:int) -> str: # Of `show_run` or `show_runs
     lines += _names('names', (f'{k} -> {v}' for k, v in r['refs'].items()))
     return '\n'.join(lines + _names('damaged', r['damaged'].values()))
 
-# %% ../nbs/90_cli.ipynb #89ec1043
+# %% ../nbs/90_cli.ipynb #40d82003
 def _recipe(args:argparse.Namespace) -> dict[str,Any]:
     "`run` and `demo`."
     from waystation.page import write_page
@@ -398,7 +438,7 @@ def _store(args:argparse.Namespace) -> dict[str,Any]:
     return f(**_values(f, args))
 
 def _question(args:argparse.Namespace) -> dict[str,Any]:
-    "`search` and `sql`."
+    "`search`, `sql` and `evaluate`."
     f = QUESTIONS[args.verb]
     return f(**_values(f, args))
 
@@ -417,7 +457,7 @@ def terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/90_cli.ipynb #ce1bbf13
+# %% ../nbs/90_cli.ipynb #b8787c74
 def main(
     argv:Sequence[str]|None=None, # None: the process' own arguments
 ) -> int:                         # The exit code
@@ -429,7 +469,7 @@ def main(
         from importlib.metadata import version
         print(version('waystation')); return 0
     if not args.verb: p.print_help(); return 0
-    does = {'run': _recipe, 'demo': _recipe, 'show': _look, 'store': _store, 'search': _question, 'sql': _question}.get(args.verb, _station)
+    does = {'run': _recipe, 'demo': _recipe, 'show': _look, 'store': _store, 'search': _question, 'sql': _question, 'evaluate': _question}.get(args.verb, _station)
     try:
         with terminable(), contextlib.redirect_stdout(sys.stderr): result = does(args)  # whatever a library prints must not get into the JSON
     except Refused as e: return _stop(args, 2, 'refused', str(e))

@@ -7,14 +7,16 @@ __all__ = ['TOKENS', 'CARD', 'read_labelled', 'divide', 'encoder_parts', 'load_c
            'set_aside', 'prepare_classifier', 'answers', 'examine_classifier', 'gate_figures', 'gate_names',
            'baselines', 'tables', 'save_encoder', 'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #b27a75c7
+# %% ../../nbs/training/15_classifier.ipynb #305d6aa2
 import hashlib, json, math, shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from .trainer import WATCHED, Course, SameOrder, check_numbers, check_patience, fit, held_loss, publish_model, quiet, told  # first: it quietens what peft says when it is imported
+from waystation.training.trainer import (  # first: it quietens what peft says when it is imported
+    WATCHED, Course, SameOrder, check_numbers, check_patience, fit, held_loss, publish_model, quiet, told,
+)
 
 import numpy as np
 import torch, transformers
@@ -190,7 +192,7 @@ def _tokens(tokenizer:Any, rows:list[dict[str,str]], most:int) -> tuple[list[lis
     room = most - tokenizer.extra
     return [tokenizer.wrap(ids[:room]).tolist() for ids in found], sum(len(ids) > room for ids in found)
 
-# %% ../../nbs/training/15_classifier.ipynb #fcdecd4f
+# %% ../../nbs/training/15_classifier.ipynb #c019497f
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -234,7 +236,8 @@ def prepare_classifier(
     every = [r for rows in sets.values() for r in rows]
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(every), 'train')
     return Lesson(trainer, model, tokenizer, every, len(train), total, cut + sum(n for _, n in held.values()), 0, dtype, why, bar, exam,
-                  len(watch) if p['early_stop'] else 0, labels, train, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
+                  len(watch) if p['early_stop'] else 0, labels, train, sets, left_out,
+                  {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
 
 # %% ../../nbs/training/15_classifier.ipynb #6b744c34
 def answers(
@@ -372,7 +375,7 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
-# %% ../../nbs/training/15_classifier.ipynb #b41cb4df
+# %% ../../nbs/training/15_classifier.ipynb #80ed05fa
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
     "Seal adapter and encoder."
     p, path = job.params, job.inputs['model'].path
@@ -386,7 +389,8 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     note = '' if 'kmer-random' not in p['model'] else '\nThe base encoder was **never trained**: its weights are random from a seed.\n'
     if c.beside: note += f"\nA branch over {p['features']} (scaled as features.json says) was trained beside it; loaded as below, the text answers alone.\n"
     (job.work/'adapter/README.md').write_text(CARD.format(**{
-        **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': facts.get('best_step', c.total), 'n_train': c.n_train, 'precision': c.precision, 'note': note, 'path': path,
+        **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': facts.get('best_step', c.total), 'n_train': c.n_train,
+        'precision': c.precision, 'note': note, 'path': path,
         'tables': tables(facts['metrics'], list(c.labels.levels), c.labels.sizes), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
         'outputs': sum(c.labels.sizes)}), encoding='utf-8')
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],

@@ -118,7 +118,7 @@ class Tuner(SameOrder, SFTTrainer):
         loss = loss / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, out) if return_outputs else loss
 
-# %% ../../nbs/training/14_trainer.ipynb #25d54011
+# %% ../../nbs/training/14_trainer.ipynb #297e9d18
 class Keeper(SealCallback):
     "Seals checkpoints, moves the bar, keeps the metrics, and stops a run that has gone wrong."
     def __init__(self, job: Any, bar: Any, monitor: Any, about: dict | None = None):
@@ -146,16 +146,17 @@ class Keeper(SealCallback):
 
     def on_evaluate(self, args, state, control, **kw):
         super().on_evaluate(args, state, control, **kw)
-        last, patience = state.log_history[-1], self.p.get('early_stop')
+        last, patience = (state.log_history or [{}])[-1], self.p.get('early_stop')
         if not patience or 'eval_loss' not in last: return
         if not math.isfinite(last['eval_loss']):
-            raise Refused(f"the validation loss is {last['eval_loss']} at step {state.global_step}, so no checkpoint can be told to be the best: lower learning_rate, "
+            raise Refused(f"the validation loss is {last['eval_loss']} at step {state.global_step}, so none can be told to be the best: lower learning_rate, "
                           'or look at the data')
         if best_step(state.log_history) == state.global_step: control.should_save = True  # the result, should nothing better come
         if spent(state.log_history, patience): control.should_training_stop = True
 
     def facts(self, args, state, model=None):
-        found, last = super().facts(args, state, model), next((x for x in reversed(state.log_history) if 'eval_loss' in x), {})
+        found = super().facts(args, state, model)
+        last:dict[str, Any] = next((x for x in reversed(state.log_history) if 'eval_loss' in x), {})
         if self.p.get('early_stop') and last.get('step') != state.global_step:  # measured before this step: another checkpoint's figure
             found = {k: v for k, v in found.items() if not k.startswith('eval_')}
         return found
@@ -232,7 +233,7 @@ def _config(p: dict, work: Path, total: int, dtype: str) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/14_trainer.ipynb #c847485e
+# %% ../../nbs/training/14_trainer.ipynb #889fef48
 USUAL = dict(method='qlora', target_modules='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj')  # what '' stands for when a model learns to answer
 
 def prepare(
@@ -264,7 +265,7 @@ def prepare(
     model = get_peft_model(load_model(path, p['method'], dtype), lora)
     sets = {'exam': exam, 'watch': encode(watch, tokenizer, p['max_length'])[0]} if p['early_stop'] else exam
     trainer = Tuner(model, args=_config(p, job.work, total, dtype), train_dataset=data, eval_dataset=sets, processing_class=tokenizer)
-    both = trainer.eval_dataset  # as TRL has prepared them
+    both:Any = trainer.eval_dataset  # as TRL has prepared them
     if p['early_stop']: exam, trainer.eval_dataset = both['exam'], both['watch']
     else: exam = both
     trainer.remove_callback(PrinterCallback)
