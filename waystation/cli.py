@@ -251,7 +251,7 @@ def sql(
 
 QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql}
 
-# %% ../nbs/90_cli.ipynb #57e95962
+# %% ../nbs/90_cli.ipynb #45119b51
 def evaluate(
     model:str,          # A model, an adapter or a classifier: a folder, store:models/NAME/current, asset:NAME or a hub id
     data:str,           # Rows that it never saw, as train takes them: JSONL or Parquet; for a classifier whatever embed reads
@@ -276,9 +276,10 @@ def evaluate(
         asked, more = read_rows(resolve(data, 'eval_data', place).path)[:rows or None], {}
         if grounding: more = dict(support=_by_meaning(resolve(grounding, 'model', place).path))
         found = part.report_answers(folder, asked, place, max_new, form, refusal, **more)
-    lines = part.report_table(found['metrics'])
-    said = [f"supported means at least {g['limit']:.3g} by {grounding or 'shared words'}; on pairs of known truth that misses {g['missed']['hits']} of "
-            f"{g['missed']['n']} right ones and passes {g['fooled']['hits']} of {g['fooled']['n']} wrong ones"] if 'missed' in (g := found.get('grounding', {})) else []
+    lines, known, said = part.report_table(found['metrics']), found.get('grounding', {}), list[str]()
+    if 'missed' in known:
+        missed, fooled = (f"{known[k]['hits']} of {known[k]['n']}" for k in ('missed', 'fooled'))
+        said = [f"supported: {known['limit']:.3g} or more by {grounding or 'shared words'}; of known pairs, {missed} right ones are missed and {fooled} wrong ones pass"]
     return dict(model=model, data=data) | found | dict(text='\n'.join([_grid(lines[0], lines[1:]), *said]))
 
 def _by_meaning(folder:Any) -> Callable[[Sequence[tuple[str,str]]],list[float]]: # How near sentence and text are

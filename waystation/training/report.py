@@ -6,13 +6,13 @@
 __all__ = ['REFUSAL', 'sentences', 'cited_text', 'overlap', 'known_pairs', 'calibrate', 'unanswerable', 'follows', 'mark_all',
            'ratio', 'row_losses', 'language', 'base_of', 'report_answers', 'report_levels', 'report_table']
 
-# %% ../../nbs/training/16_report.ipynb #8f91b507
+# %% ../../nbs/training/16_report.ipynb #b29c7b95
 import json, math, re, time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .trainer import encode, load_model, quiet  # first: it quietens what peft says when it is imported
+from .trainer import encode, linear_modules, load_model, quiet  # first: it quietens what peft says when it is imported
 
 import numpy as np
 import torch
@@ -211,7 +211,7 @@ def base_of(
         raise Refused(f'the adapter in {folder} was trained on {named!r} with another content than what is there now; bring that base back')
     return found.path
 
-# %% ../../nbs/training/16_report.ipynb #680c804c
+# %% ../../nbs/training/16_report.ipynb #9d9abda1
 def report_answers(
     folder: Path,          # A model or an adapter
     rows: list[dict],      # Normalised
@@ -224,10 +224,14 @@ def report_answers(
     "Ask a language model, its base if it has one, and the picker that needs none."
     quiet()
     fits, path, pattern = follows(form) if form else None, base_of(folder, store), refusal or REFUSAL
+    try: re.compile(pattern)
+    except re.error as e: raise Refused(f"refusal={refusal!r} is not a regular expression ({e}); give one, or '' for the usual words") from e
+    if max_new < 1: raise Refused(f'max_new={max_new} must be above 0: an answer has at least one token')
+    linear_modules(path or folder)  # what is no language model is refused
     grounded = [r for r in rows if {'passages', 'answer', 'cite'} <= r.keys()]
     bare, checked = unanswerable(grounded), calibrate(grounded, support) if grounded else {}
     def count(outputs, more): return mark_all(rows, outputs, more, fits, pattern, support, checked.get('limit', 0.))
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder if any(folder.glob('tokenizer*')) or not path else path)
     model = load_model(path or folder, 'lora', precision()[0]).eval()
     if path: model = PeftModel.from_pretrained(model, folder).eval()
     metrics, said = {}, {}
