@@ -248,6 +248,18 @@ def test_refused(go, tmp_path, change, says):
     assert Store(str(tmp_path / "store")).list() == []
 
 
+def test_early_stop(go, few):
+    "Rows of the training side choose the checkpoint; the held-out figures are those of the checkpoint that was chosen."
+    r = go(run="stopped", max_steps=20, eval_steps=2, early_stop=2, learning_rate=0.5, seal_steps=0, keep_last=1)
+    losses = dict(map(tuple, r["evals"]))
+    assert r["best_step"] == min(losses, key=losses.get) and r["steps"] == min(20, r["best_step"] + 4) and r["n_validation"] > 0
+    store = Store(few["store"])
+    best = store.read(f"runs/stopped/train/1/checkpoints/{r['best_step']}")
+    assert best.files["adapter_model.safetensors"]["sha256"] == r["adapter_sha256"] and best.meta["eval_loss"] == pytest.approx(losses[r["best_step"]], abs=1e-4)
+    plain = go(run="plain", max_steps=1, eval_steps=0)
+    assert plain["n_train"] == r["n_train"] + r["n_validation"] and plain["eval_loss"]["before"] == pytest.approx(r["eval_loss"]["before"], abs=1e-5)
+
+
 def test_gates_on_levels(go, few):
     "Both names stay where they were, or both move; the names of the figures are known before training."
     small, store = dict(run="c", max_steps=1, eval_steps=0, held_out="genus"), Store(few["store"])

@@ -92,7 +92,7 @@ def test_another_base_is_refused(trained, tmp_path, monkeypatch):
     kept = weights.read_bytes()
     try:
         weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
-        with pytest.raises(Refused, match="was trained on .* with another content"):
+        with pytest.raises(Refused, match=r"was trained on .* with another content"):
             base_of(folder, store)
     finally:
         weights.write_bytes(kept)

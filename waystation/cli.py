@@ -251,7 +251,7 @@ def sql(
 
 QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql}
 
-# %% ../nbs/90_cli.ipynb #45119b51
+# %% ../nbs/90_cli.ipynb #92e89989
 def evaluate(
     model:str,          # A model, an adapter or a classifier: a folder, store:models/NAME/current, asset:NAME or a hub id
     data:str,           # Rows that it never saw, as train takes them: JSONL or Parquet; for a classifier whatever embed reads
@@ -279,9 +279,10 @@ def evaluate(
     lines, known, said = part.report_table(found['metrics']), found.get('grounding', {}), list[str]()
     if 'missed' in known:
         missed, fooled = (f"{known[k]['hits']} of {known[k]['n']}" for k in ('missed', 'fooled'))
-        said = [f"supported: {known['limit']:.3g} or more by {grounding or 'shared words'}; of known pairs, {missed} right ones are missed and {fooled} wrong ones pass"]
+        said = [f"supported: {known['limit']:.3g} or more by {grounding or 'shared words'}; of known pairs, {missed} right ones fail and {fooled} wrong ones pass"]
     return dict(model=model, data=data) | found | dict(text='\n'.join([_grid(lines[0], lines[1:]), *said]))
 
+# %% ../nbs/90_cli.ipynb #252727bd
 def _by_meaning(folder:Any) -> Callable[[Sequence[tuple[str,str]]],list[float]]: # How near sentence and text are
     def support(pairs):
         from waystation.embedding.engine import embed_texts

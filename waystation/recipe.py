@@ -407,7 +407,7 @@ def _finished(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]|N
         report = job.judged()
         return report if job.latest('notebooks') else None
 
-# %% ../nbs/09_recipe.ipynb #9035d1e4
+# %% ../nbs/09_recipe.ipynb #a12947ab
 def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: # The step's report
     "Run a station's notebook through papermill and seal what it looked like."
     import papermill
@@ -435,6 +435,7 @@ def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: #
         base = _keep(out, params, store, 'notebooks')
     return read_report(store, base) or {}
 
+# %% ../nbs/09_recipe.ipynb #ab78f023
 def _keep(out:Path, params:dict[str,Any], store:Store, kind:str) -> str: # The attempt that it is of
     "Seal an executed notebook, alone in its folder, with the attempt."
     base = store.resolve(f"runs/{params['run']}/{params['step']}").rsplit('/', 1)[0]

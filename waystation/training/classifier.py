@@ -167,18 +167,7 @@ def _config(p:dict[str,Any], work:Path, total:int, dtype:str) -> TrainingArgumen
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True, label_names=['labels'],
         remove_unused_columns=False, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/15_classifier.ipynb #99b12a3e
-def _read(job:Any) -> tuple[list[dict[str,str]], dict[str,list[dict[str,str]]], dict[str,int], dict[str,float]]:
-    "Training rows, held-out sets, what was left out, and the levels of a job."
-    p = job.params
-    levels = read_levels(p['labels'])
-    beside = {'features': [c.strip() for c in p['features'].split(',') if c.strip()]}
-    more = beside | {'held_out': [p['held_out']] if p['held_out'] else []}
-    rows, left_out = read_labelled(job.inputs['data'].rows, p['text'], list(levels), more)
-    given = read_labelled(job.inputs['eval_data'].rows, p['text'], list(levels), beside)[0] if 'eval_data' in job.inputs else None
-    train, sets, left_out['also_held_out'] = divide(rows, p['held_out'], given, most=p['eval_rows'])
-    return train, sets, left_out, levels
-
+# %% ../../nbs/training/15_classifier.ipynb #576a6fa4
 def set_aside(rows:list[dict[str,str]]) -> tuple[list[dict[str,str]], list[dict[str,str]]]: # Rows to learn from, and those to stop by
     "Give up a tenth of the training rows, by the hash of the text, so that `early_stop` need not look at held-out ones."
     train, watch = ([r for r in rows if in_held_out('validation ' + r['text'], WATCHED) is side] for side in (False, True))
@@ -186,13 +175,26 @@ def set_aside(rows:list[dict[str,str]]) -> tuple[list[dict[str,str]], list[dict[
         raise Refused(f"{len(rows)} training rows leave {len(watch)} to stop by and {len(train)} to learn from; add rows, or leave early_stop out")
     return train, watch
 
+def _read(job:Any) -> tuple[list[dict[str,str]], list[dict[str,str]], dict[str,list[dict[str,str]]], dict[str,int], dict[str,float]]:
+    "Training rows, those to stop by, held-out sets, what was left out, and the levels of a job."
+    p = job.params
+    check_patience(p)
+    levels = read_levels(p['labels'])
+    beside = {'features': [c.strip() for c in p['features'].split(',') if c.strip()]}
+    more = beside | {'held_out': [p['held_out']] if p['held_out'] else []}
+    rows, left_out = read_labelled(job.inputs['data'].rows, p['text'], list(levels), more)
+    given = read_labelled(job.inputs['eval_data'].rows, p['text'], list(levels), beside)[0] if 'eval_data' in job.inputs else None
+    train, sets, left_out['also_held_out'] = divide(rows, p['held_out'], given, most=p['eval_rows'])
+    train, watch = set_aside(train) if p['early_stop'] else (train, [])
+    return train, watch, sets, left_out, levels
+
 def _tokens(tokenizer:Any, rows:list[dict[str,str]], most:int) -> tuple[list[list[int]], int]: # Token ids of each row, and how many rows were cut
     "Rows as the encoder sees them; what is over the limit loses its end, and is counted."
     found = [ids for at in range(0, len(rows), 1024) for ids, _, _ in tokenizer.encode([r['text'] for r in rows[at:at + 1024]])]
     room = most - tokenizer.extra
     return [tokenizer.wrap(ids[:room]).tolist() for ids in found], sum(len(ids) > room for ids in found)
 
-# %% ../../nbs/training/15_classifier.ipynb #c019497f
+# %% ../../nbs/training/15_classifier.ipynb #eda41f48
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -206,9 +208,7 @@ def prepare_classifier(
     quiet()
     linear, positions, _ = encoder_parts(path)
     job.params = p = p | dict(method='lora', target_modules=p['target_modules'] or ','.join(x for x in linear if x != TOKENS))
-    train, sets, left_out, levels = _read(job)
-    check_patience(p)
-    if p['early_stop']: train, watch = set_aside(train)
+    train, watch, sets, left_out, levels = _read(job)
     labels = make_labels(levels, train)
     check_names(read_gates(p['gates']), gate_names(labels, sets))
     per_epoch = math.ceil(math.ceil(len(train)/max(1, p['batch_size']))/max(1, p['grad_accum']))
@@ -227,7 +227,7 @@ def prepare_classifier(
     model = load_classifier(path, labels, p, beside)
     pad = model.config.pad_token_id or 0
     exam = as_data(held['rows'][0], sets['rows'])
-    seen = as_data(_tokens(tokenizer, watch, p['max_length'])[0], watch) if p['early_stop'] else exam
+    seen = as_data(_tokens(tokenizer, watch, p['max_length'])[0], watch) if watch else exam
     trainer = Sorter(model, args=_config(p, job.work, total, dtype), train_dataset=as_data(ids, train), eval_dataset=seen,
                      data_collator=lambda rows: collate(rows, pad))
     trainer.labels, trainer.feature_weight = labels, p['feature_weight']
@@ -236,8 +236,7 @@ def prepare_classifier(
     every = [r for rows in sets.values() for r in rows]
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(every), 'train')
     return Lesson(trainer, model, tokenizer, every, len(train), total, cut + sum(n for _, n in held.values()), 0, dtype, why, bar, exam,
-                  len(watch) if p['early_stop'] else 0, labels, train, sets, left_out,
-                  {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
+                  len(watch), labels, train, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, (i, _) in held.items()}, beside)
 
 # %% ../../nbs/training/15_classifier.ipynb #6b744c34
 def answers(

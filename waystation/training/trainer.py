@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['USUAL', 'WATCHED', 'CARD', 'NOTES', 'FETCH', 'linear_modules', 'check_numbers', 'encode', 'ByEpoch', 'SameOrder',
            'Tuner', 'Keeper', 'Course', 'load_model', 'quiet', 'prepare', 'held_loss', 'examine', 'check_patience',
-           'best_step', 'spent', 'told', 'fit', 'publish_model', 'seal_model', 'conclude']
+           'best_step', 'spent', 'Chooser', 'told', 'fit', 'publish_model', 'seal_model', 'conclude']
 
 # %% ../../nbs/training/14_trainer.ipynb #add190f4
 import json, logging, math, shutil, time, warnings
@@ -118,13 +118,12 @@ class Tuner(SameOrder, SFTTrainer):
         loss = loss / ((labels != -100).sum() if num_items_in_batch is None else num_items_in_batch)
         return (loss, out) if return_outputs else loss
 
-# %% ../../nbs/training/14_trainer.ipynb #297e9d18
+# %% ../../nbs/training/14_trainer.ipynb #909b3b2a
 class Keeper(SealCallback):
     "Seals checkpoints, moves the bar, keeps the metrics, and stops a run that has gone wrong."
     def __init__(self, job: Any, bar: Any, monitor: Any, about: dict | None = None):
         p = job.params
-        best = max(p['keep_best'], 1 if p.get('early_stop') and p['keep_last'] else 0)  # the best is the result
-        super().__init__(job.store, f'{job.base}/checkpoints', p['seal_steps'], p['seal_minutes'], keep_last=p['keep_last'], keep_best=best,
+        super().__init__(job.store, f'{job.base}/checkpoints', p['seal_steps'], p['seal_minutes'], keep_last=p['keep_last'], keep_best=p['keep_best'],
                          fence=job.check, keep_local=False, about=about,
                          seal=lambda folder, name, meta: job.seal(folder, 'checkpoints', meta['step'], meta))  # `begun` comes first
         self.p, self.bar, self.monitor, self.seconds, self.began = p, bar, monitor, 0., 0.
@@ -143,23 +142,6 @@ class Keeper(SealCallback):
                           'sealed: lower learning_rate, or look at the data')
         self.monitor.log({k: v for k, v in logs.items() if isinstance(v, int | float)}, step=state.global_step)
         super().on_log(args, state, control, **kw)
-
-    def on_evaluate(self, args, state, control, **kw):
-        super().on_evaluate(args, state, control, **kw)
-        last, patience = (state.log_history or [{}])[-1], self.p.get('early_stop')
-        if not patience or 'eval_loss' not in last: return
-        if not math.isfinite(last['eval_loss']):
-            raise Refused(f"the validation loss is {last['eval_loss']} at step {state.global_step}, so none can be told to be the best: lower learning_rate, "
-                          'or look at the data')
-        if best_step(state.log_history) == state.global_step: control.should_save = True  # the result, should nothing better come
-        if spent(state.log_history, patience): control.should_training_stop = True
-
-    def facts(self, args, state, model=None):
-        found = super().facts(args, state, model)
-        last:dict[str, Any] = next((x for x in reversed(state.log_history) if 'eval_loss' in x), {})
-        if self.p.get('early_stop') and last.get('step') != state.global_step:  # measured before this step: another checkpoint's figure
-            found = {k: v for k, v in found.items() if not k.startswith('eval_')}
-        return found
 
     def seal(self, folder, step, meta):
         weights = load_file(folder/'adapter_model.safetensors').values()
@@ -233,7 +215,7 @@ def _config(p: dict, work: Path, total: int, dtype: str) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
 
-# %% ../../nbs/training/14_trainer.ipynb #889fef48
+# %% ../../nbs/training/14_trainer.ipynb #ccdc1198
 USUAL = dict(method='qlora', target_modules='q_proj,k_proj,v_proj,o_proj,gate_proj,up_proj,down_proj')  # what '' stands for when a model learns to answer
 
 def prepare(
@@ -249,7 +231,7 @@ def prepare(
     train, held = _rows(job)
     check_names(read_gates(p['gates']), [*score(held, ['']*len(held)), 'eval_loss'])
     check_patience(p)
-    if p['early_stop']: train, watch = split(train, WATCHED, 'validation ', 'leave early_stop out')
+    train, watch = split(train, WATCHED, 'validation ', 'leave early_stop out') if p['early_stop'] else (train, [])
     per_epoch = math.ceil(math.ceil(len(train)/max(1, p['batch_size']))/max(1, p['grad_accum']))
     total = p['max_steps'] or math.ceil(per_epoch*p['epochs'])
     if total <= 0: raise Refused(f"epochs={p['epochs']} and max_steps={p['max_steps']} make no step; give one of them")
@@ -263,16 +245,15 @@ def prepare(
     lora = LoraConfig(r=p['lora_r'], lora_alpha=p['lora_alpha'], lora_dropout=p['lora_dropout'], task_type='CAUSAL_LM',
                       target_modules=[t.strip() for t in p['target_modules'].split(',') if t.strip()])
     model = get_peft_model(load_model(path, p['method'], dtype), lora)
-    sets = {'exam': exam, 'watch': encode(watch, tokenizer, p['max_length'])[0]} if p['early_stop'] else exam
+    sets = {'exam': exam} | ({'watch': encode(watch, tokenizer, p['max_length'])[0]} if watch else {})
     trainer = Tuner(model, args=_config(p, job.work, total, dtype), train_dataset=data, eval_dataset=sets, processing_class=tokenizer)
-    both:Any = trainer.eval_dataset  # as TRL has prepared them
-    if p['early_stop']: exam, trainer.eval_dataset = both['exam'], both['watch']
-    else: exam = both
+    ready:Any = trainer.eval_dataset  # as TRL has prepared them; during training it looks at one of them alone
+    trainer.eval_dataset = ready['watch' if watch else 'exam']
     trainer.remove_callback(PrinterCallback)
     for w in model.parameters():
         if w.requires_grad: w.data = w.data.float()
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(held), 'train')
-    return Course(trainer, model, tokenizer, held, len(train), total, cut + cut_held, max_new, dtype, why, bar, exam, len(watch) if p['early_stop'] else 0)
+    return Course(trainer, model, tokenizer, held, len(train), total, cut + cut_held, max_new, dtype, why, bar, ready['exam'], len(watch))
 
 # %% ../../nbs/training/14_trainer.ipynb #3de9890b
 def held_loss(c: Course) -> float:
@@ -287,7 +268,7 @@ def examine(c: Course) -> dict:  # eval_loss, metrics, outputs
     outputs = generate_answers(c.model, c.tokenizer, c.held, max_new=c.max_new, tick=c.bar.update)
     return {'eval_loss': round(loss, 6), 'metrics': score(c.held, outputs), 'outputs': outputs}
 
-# %% ../../nbs/training/14_trainer.ipynb #a3563584
+# %% ../../nbs/training/14_trainer.ipynb #772c2304
 WATCHED = .1  # Share of the training rows that `early_stop` sets aside
 
 def check_patience(p: dict):
@@ -298,9 +279,9 @@ def check_patience(p: dict):
 
 def best_step(
     log: list[dict],  # What Trainer has logged so far
-) -> int:             # Of equals the newest, as retention has it
+) -> int:             # Of equals the newest, as retention has it; 0 before the first evaluation
     "The step with the lowest validation loss."
-    return min((x for x in reversed(log) if 'eval_loss' in x), key=lambda x: x['eval_loss'])['step']
+    return min((x for x in reversed(log) if 'eval_loss' in x), key=lambda x: x['eval_loss'], default={'step': 0})['step']
 
 def spent(
     log: list[dict],  # What Trainer has logged so far
@@ -310,7 +291,28 @@ def spent(
     losses = [x['eval_loss'] for x in log if 'eval_loss' in x]
     return bool(patience and losses and len(losses) - 1 - losses.index(min(losses)) >= patience)
 
-# %% ../../nbs/training/14_trainer.ipynb #3bc94773
+# %% ../../nbs/training/14_trainer.ipynb #ff94387d
+class Chooser(Keeper):
+    "A keeper that stops when patience is spent, and sees to it that the best checkpoint is sealed and stays."
+    def __init__(self, job: Any, *args: Any):
+        super().__init__(job, *args)
+        if self.keep_last: self.keep_best = max(1, self.keep_best)
+
+    def on_evaluate(self, args, state, control, **kw):
+        super().on_evaluate(args, state, control, **kw)
+        loss = state.log_history[-1].get('eval_loss') if state.log_history else None
+        if loss is None: return  # held-out rows, which choose nothing
+        if not math.isfinite(loss):
+            raise Refused(f"the validation loss is {loss} at step {state.global_step}, so none can be told to be the best: lower learning_rate, or look at the data")
+        if best_step(state.log_history) == state.global_step: control.should_save = True  # the result, should nothing better come
+        if spent(state.log_history, self.p['early_stop']): control.should_training_stop = True
+
+    def facts(self, args, state, model=None):
+        found = super().facts(args, state, model)
+        if best_step(state.log_history[-1:]) == state.global_step: return found
+        return {k: v for k, v in found.items() if not k.startswith('eval_')}  # measured before this step: another checkpoint's figure
+
+# %% ../../nbs/training/14_trainer.ipynb #93acd9f5
 def told(job: Any) -> dict:  # Parameters that say what was computed
     "A job's parameters without the places of one machine."
     return {k: v for k, v in job.params.items() if k not in ('run', 'store', 'restart', 'take_over')}
@@ -327,7 +329,7 @@ def fit(
     c.bar.update(len(c.held) - c.bar.n + at*job.params['batch_size']*job.params['grad_accum'])  # a baseline that was sealed is not made again
     with Monitor(job, job.params) as monitor:
         about = {'precision': c.precision, 'data_fingerprint': job.inputs['data'].fingerprint, 'params': told(job)}
-        with Keeper(job, c.bar, monitor, about) as keeper:
+        with (Chooser if patience else Keeper)(job, c.bar, monitor, about) as keeper:
             c.trainer.add_callback(keeper)
             transformers.set_seed(job.params['seed'])
             said = TrainerState.load_from_json(str(start/'trainer_state.json')).log_history if start else []
