@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import torch
 
-from waystation.runtime import Refused
+from waystation.runtime import GateFailed, Refused
 from waystation.stations.train import train
 from waystation.store import Store
 from waystation.training.scoring import calibration_error, macro_f1
@@ -246,6 +246,31 @@ def test_refused(go, tmp_path, change, says):
     with pytest.raises(Refused, match=says):
         go(**change)
     assert Store(str(tmp_path / "store")).list() == []
+
+
+def test_early_stop(go, few):
+    "Rows of the training side choose the checkpoint; the held-out figures are those of the checkpoint that was chosen."
+    r = go(run="stopped", max_steps=20, eval_steps=2, early_stop=2, learning_rate=0.5, seal_steps=0, keep_last=1)
+    losses = dict(map(tuple, r["evals"]))
+    assert r["best_step"] == min(losses, key=losses.get) and r["steps"] == min(20, r["best_step"] + 4) and r["n_validation"] > 0
+    store = Store(few["store"])
+    best = store.read(f"runs/stopped/train/1/checkpoints/{r['best_step']}")
+    assert best.files["adapter_model.safetensors"]["sha256"] == r["adapter_sha256"] and best.meta["eval_loss"] == pytest.approx(losses[r["best_step"]], abs=1e-4)
+    plain = go(run="plain", max_steps=1, eval_steps=0)
+    assert plain["n_train"] == r["n_train"] + r["n_validation"] and plain["eval_loss"]["before"] == pytest.approx(r["eval_loss"]["before"], abs=1e-5)
+
+
+def test_gates_on_levels(go, few):
+    "Both names stay where they were, or both move; the names of the figures are known before training."
+    small, store = dict(run="c", max_steps=1, eval_steps=0, held_out="genus"), Store(few["store"])
+    with pytest.raises(GateFailed, match=r"accuracy.genus >= 1.01: failed.*models/c-encoder/current is not made"):
+        go(**small, gates="accuracy.genus >= 1.01")
+    assert store.refs("models") == {}
+    with pytest.raises(Refused, match=r"'accuracy.species >= 0.5' names no figure .* accuracy.kingdom, accuracy.phylum, accuracy.genus, macro_f1.kingdom") as e:
+        go(**small | dict(run="d"), gates="accuracy.species >= 0.5")
+    r = go(**small, gates="path >= 0, unseen_genus.accuracy.phylum >= 0")
+    assert set(r["figures"]) == set(str(e.value).split("figures are ")[1].split(", "))
+    assert store.refs("models") == {"models/c/current": "models/c/v1", "models/c-encoder/current": "models/c-encoder/v1"}
 
 
 def test_held_out_rows_that_were_learnt_are_refused(go, tmp_path):

@@ -108,6 +108,28 @@ def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
         assert resumed[key] == whole[key], key
 
 
+def test_a_kill_in_a_later_epoch_changes_nothing(go, tmp_path, monkeypatch):
+    "40 rows, fewer without the held-out ones, are five steps of eight; the kill falls into the second epoch."
+    from waystation.recipe import Job
+
+    how, seal = dict(max_steps=9, eval_steps=0, lora_dropout=0.1), Job.seal
+    whole = go(**how, store=str(tmp_path / "undisturbed"))
+
+    def cut(self, folder, kind, number=None, meta=None):
+        name = seal(self, folder, kind, number, meta)
+        if (kind, number) == ("checkpoints", 8):
+            raise KeyboardInterrupt
+        return name
+
+    with monkeypatch.context() as m, pytest.raises(KeyboardInterrupt):
+        m.setattr(Job, "seal", cut)
+        go(**how)
+    resumed = go(**how)
+    assert resumed["resumed_from"] == 8 and resumed["n_train"] < 40
+    for key in ("adapter_sha256", "loss", "eval_loss"):
+        assert resumed[key] == whole[key], key
+
+
 def test_sigterm_seals_at_once(go, tmp_path):
     whole = go(store=str(tmp_path / "undisturbed"), seal_steps=0)
     from waystation.training import trainer

@@ -4,15 +4,15 @@
 
 # %% auto #0
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'TASKS', 'QUESTIONS', 'station', 'preflight', 'parser', 'store_command', 'store_ls',
-           'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'lint', 'search', 'sql', 'headline',
-           'table', 'terminable', 'main']
+           'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'lint', 'search', 'sql', 'evaluate',
+           'headline', 'table', 'terminable', 'main']
 
-# %% ../nbs/90_cli.ipynb #d2bcf9df
+# %% ../nbs/90_cli.ipynb #ec31dab7
 import argparse, contextlib, errno, importlib, inspect, json, shutil, signal, sys, textwrap, threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from .runtime import Interrupted, Refused, cache, redact, settings
+from .runtime import GateFailed, Interrupted, Refused, cache, redact, settings
 
 # %% ../nbs/90_cli.ipynb #5d187f15
 STATIONS = {'setup': 'look at this machine and fetch models and data', 'train': 'fine-tune a model to answer or to classify, and measure it on held-out rows',
@@ -317,7 +317,49 @@ def sql(
 
 QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql, 'lint': lint}
 
-# %% ../nbs/90_cli.ipynb #79afa137
+# %% ../nbs/90_cli.ipynb #92e89989
+def evaluate(
+    model:str,          # A model, an adapter or a classifier: a folder, store:models/NAME/current, asset:NAME or a hub id
+    data:str,           # Rows that it never saw, as train takes them: JSONL or Parquet; for a classifier whatever embed reads
+    rows:int=0,         # Ask about so many rows, the first; 0 for all
+    text:str='text',    # A classifier's: column with the text or sequence
+    max_new:int=96,     # Tokens an answer may have
+    form:str='',        # What an answer must look like as a whole: a regular expression, or a .json file with a JSON schema; '' for anything
+    refusal:str='',     # What a refusal has: a regular expression; '' for the usual words
+    grounding:str='',   # The encoder that says whether a cited text supports a sentence, such as asset:minilm; '' to count words
+    store:str='',       # Where models are looked up; '' for the one in the settings
+) -> dict[str,Any]:
+    "Measure a model on rows that it never saw, and its base beside it: each figure with n and a 95% interval."
+    from waystation.assets import resolve
+    from waystation.training import report as part
+    place = _open(store)
+    folder = resolve(model, 'model', place).path
+    if (folder/'labels.json').is_file():
+        from waystation.embedding.tokens import read_tokenizer
+        found = part.report_levels(folder, resolve(data, 'source', place).rows, text, place, read_tokenizer, rows)
+    else:
+        from waystation.training.chat import read_rows
+        asked, more = read_rows(resolve(data, 'eval_data', place).path)[:rows or None], {}
+        if grounding: more = dict(support=_by_meaning(resolve(grounding, 'model', place).path))
+        found = part.report_answers(folder, asked, place, max_new, form, refusal, **more)
+    lines, known, said = part.report_table(found['metrics']), found.get('grounding', {}), list[str]()
+    if 'missed' in known:
+        missed, fooled = (f"{known[k]['hits']} of {known[k]['n']}" for k in ('missed', 'fooled'))
+        said = [f"supported: {known['limit']:.3g} or more by {grounding or 'shared words'}; of known pairs, {missed} right ones fail and {fooled} wrong ones pass"]
+    return dict(model=model, data=data) | found | dict(text='\n'.join([_grid(lines[0], lines[1:]), *said]))
+
+# %% ../nbs/90_cli.ipynb #252727bd
+def _by_meaning(folder:Any) -> Callable[[Sequence[tuple[str,str]]],list[float]]: # How near sentence and text are
+    def support(pairs):
+        from waystation.embedding.engine import embed_texts
+        import numpy as np
+        a, b = (np.asarray(embed_texts(folder, list(side))) for side in zip(*pairs, strict=True))
+        return ((a*b).sum(1)/np.linalg.norm(a, axis=1)/np.linalg.norm(b, axis=1)).tolist()
+    return support
+
+QUESTIONS['evaluate'] = evaluate
+
+# %% ../nbs/90_cli.ipynb #7955709f
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -336,9 +378,11 @@ def headline(
 _MARKS = ('format', 'citation', 'answer', 'both', 'exact')  # in this order; a seal sorts its keys
 
 def _headline_train(r:dict[str,Any]) -> list[tuple[str,str]]:
+    from waystation.gates import sentence
     def share(m): return f"{m['hits']}/{m['n']} [{m['low']:.2f}, {m['high']:.2f}]"
     rows = [('steps', f"{r['steps']}" + (f", resumed from {r['resumed_from']}" if r['resumed_from'] else '')),
             ('held-out loss', f"{r['eval_loss']['before']:.3f} before, {r['eval_loss']['after']:.3f} after")]
+    rows += [('gate', sentence(g)) for g in r.get('gates', [])]
     if r.get('task') == 'classify':  # a line for each held-out set and level
         for name, m in r['metrics'].items():
             rows += [(f'{name}, {k}', ', '.join(f"{who} {share(m[who]['accuracy'][k])}" for who in ('tuned', 'neighbour', 'majority')))
@@ -436,7 +480,7 @@ def _show(result:dict[str,Any], width:int) -> str: # Of `show_run` or `show_runs
     lines += _names('names', (f'{k} -> {v}' for k, v in r['refs'].items()))
     return '\n'.join(lines + _names('damaged', r['damaged'].values()))
 
-# %% ../nbs/90_cli.ipynb #d650d316
+# %% ../nbs/90_cli.ipynb #8837c9ce
 def _recipe(args:argparse.Namespace) -> dict[str,Any]:
     "`run` and `demo`."
     from waystation.page import write_page
@@ -462,7 +506,7 @@ def _store(args:argparse.Namespace) -> dict[str,Any]:
     return f(**_values(f, args))
 
 def _question(args:argparse.Namespace) -> dict[str,Any]:
-    "`search`, `sql` and `lint`."
+    "The commands of `QUESTIONS`."
     f = QUESTIONS[args.verb]
     return f(**_values(f, args))
 
@@ -481,7 +525,7 @@ def terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/90_cli.ipynb #cf0cea00
+# %% ../nbs/90_cli.ipynb #fa8cec09
 def main(
     argv:Sequence[str]|None=None, # None: the process' own arguments
 ) -> int:                         # The exit code
@@ -497,6 +541,7 @@ def main(
     try:
         with terminable(), contextlib.redirect_stdout(sys.stderr): result = does(args)  # whatever a library prints must not get into the JSON
     except Refused as e: return _stop(args, 2, 'refused', str(e))
+    except GateFailed as e: return _stop(args, 4, 'gate failed', str(e))
     except (Interrupted, KeyboardInterrupt) as e: return _stop(args, 3, 'interrupted', str(e) or 'what is sealed stays; the same command goes on from there')
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise

@@ -6,9 +6,9 @@
 __all__ = ['log', 'HOW', 'INPUTS', 'MOVES', 'locate', 'identity', 'difference', 'Shards', 'read_report', 'Job', 'begin',
            'station_notebook', 'station_parameters', 'check_value', 'load_recipe', 'run_recipe']
 
-# %% ../nbs/09_recipe.ipynb #286dfc18
+# %% ../nbs/09_recipe.ipynb #55d64d1f
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,8 @@ from typing import Any
 import yaml
 
 from .assets import Located, local_copy, resolve
-from .runtime import Interrupted, Refused, cache, host_memory, packaged, settings
+from .gates import judge, missed, read_gates
+from .runtime import GateFailed, Interrupted, Refused, cache, host_memory, packaged, settings
 from .lease import Held, Lease
 from .rows import changes
 from .seal import Seal, check_name, plain
@@ -24,9 +25,10 @@ from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #f72a5053
+# %% ../nbs/09_recipe.ipynb #d34e5687
 # Parameters that say how a step is run, not what it computes.
-HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'workers', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best')
+HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'workers', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best',
+       'gates')
 INPUTS = ('model', 'data', 'eval_data', 'source', 'metadata', 'questions')
 MOVES = ('source', 'source (content)', 'limit')  # What may differ under `update`: which rows there are, not what is made of one
 
@@ -107,7 +109,7 @@ def read_report(
     report = store.read(f'{base}/report').meta
     return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
-# %% ../nbs/09_recipe.ipynb #89d0a4f5
+# %% ../nbs/09_recipe.ipynb #1bf38672
 class Job:
     "One attempt at one step of a run, with the right to write it."
     lease:Lease|Held
@@ -251,14 +253,38 @@ class Job:
     def finish(self,
         result:dict[str,Any],                           # What the station found, as JSON
         files:dict[str,tuple[str,str]]|None=None,       # Key of the report -> a seal, and the path in it that the key names
+        models:Sequence[str]=(),                        # Seals such as 'models/banking/v1': each becomes `current` if the gates let it
     ) -> dict[str,Any]:                                 # The report as every later run reads it
         "Seal the report, which makes the step finished; scratch files go."
+        if 'gates' in self.params:
+            result = result | dict(models=list(models), gates=judge(read_gates(self.params['gates']), result['figures']))
+            if not missed(result['gates']): self._point(models)  # before the report: a kill in between comes through here again
         doc = dict(run=self.run, step=self.step, station=self.station, attempt=self.attempt, **result, files=files or {})
         doc |= dict(seconds=round(time.time() - self.started, 1), peak_gb=host_memory()['peak_gb'], params=self.params, version=version('waystation'))
         shutil.rmtree(self.work, ignore_errors=True)
         if self.store.mirror: doc['mirror'] = self.store.drain()
         self.seal(None, 'report', meta=doc)
-        return read_report(self.store, self.base) or {}
+        return self.judged() or {}
+
+    def _point(self, models:Sequence[str]) -> None:
+        self.check()
+        for name in models: self.store.refer(f"{name.rsplit('/', 1)[0]}/current", name)
+
+    def judged(self) -> dict[str,Any]|None: # None while the step is not finished
+        "The report with what the gates say of it now, which may be others than before; the error when one fails."
+        report, last = self.report, self.latest('gates')
+        if report is None or 'gates' not in report: return report
+        if last: report['gates'] = self.store.read(last).meta['gates']
+        was, report['gates'] = report['gates'], judge(read_gates(self.params['gates']), report['figures'])
+        if failed := missed(report['gates']):
+            refs = (f"{n.rsplit('/', 1)[0]}/current" for n in report['models'])
+            now = ', '.join(f"{r} {'stays at ' + self.store.resolve(r) if self.store.refs(r) else 'is not made'}" for r in refs)
+            raise GateFailed(f"step {self.step!r} of run {self.run!r} is done and does not pass its gates: {failed}. {now}; what was made is sealed as "
+                             f"{', '.join(report['models'])}. Lower the demand and run it again, which trains nothing, or --restart with other parameters", report)
+        if missed(was):
+            self._point(report['models'])
+            self.seal(None, 'gates', int(last.rsplit('/', 1)[1]) + 1 if last else 1, dict(gates=report['gates']))
+        return report
 
 # %% ../nbs/09_recipe.ipynb #26407a0a
 @contextlib.contextmanager
@@ -284,7 +310,7 @@ def begin(
         if main: signal.signal(signal.SIGTERM, before)
     store.drain()  # after an error nobody waits: the next run brings the rest
 
-# %% ../nbs/09_recipe.ipynb #03e599de
+# %% ../nbs/09_recipe.ipynb #82111e81
 def station_notebook(
     station:str, # 'setup', 'train', 'embed' or 'export'
 ) -> Path:
@@ -307,14 +333,14 @@ def check_value(name:str, value:Any, default:Any) -> Any: # The value in the def
     if isinstance(default, bool) and not isinstance(value, bool):
         if str(value).lower() not in ('true', 'false'): raise Refused(f"{name}={value!r} must be true or false")
         return str(value).lower() == 'true'
-    if isinstance(default, str): return '' if value is None else str(value)
+    if isinstance(default, str): return '' if value is None else ', '.join(map(str, value)) if isinstance(value, list) else str(value)
     kind = 'a whole number' if isinstance(default, int) else 'a number'
     try: number = type(default)(value)
     except (TypeError, ValueError, OverflowError) as e: raise Refused(f"{name}={value!r} must be {kind}, like {default}") from e
     if isinstance(default, int) and float(value) != number: raise Refused(f"{name}={value!r} must be a whole number, like {default}")
     return number
 
-# %% ../nbs/09_recipe.ipynb #4ddad522
+# %% ../nbs/09_recipe.ipynb #68115d9b
 def load_recipe(
     path:str|Path,                  # A YAML file, or the name of a packaged recipe such as 'demo'
     changes:tuple[str,...]=(),      # 'STEP.KEY=VALUE', as `--set` gives them
@@ -346,9 +372,10 @@ def load_recipe(
             known = [k for k in defaults if k not in ('run', 'store', 'step')]  # these are given once, for all steps
             if key not in known: raise Refused(f"recipe {file}, step {s['step']!r}: unknown key {key!r}; {s['station']} has {', '.join(known)}")
             s[key] = check_value(f"{s['step']}.{key}", s[key], defaults[key])
+        read_gates(s.get('gates', ''))  # what is not a demand is refused before the first step
     return steps
 
-# %% ../nbs/09_recipe.ipynb #741f0464
+# %% ../nbs/09_recipe.ipynb #08d8b6cc
 def run_recipe(
     recipe:str|Path,               # A YAML file or a packaged recipe's name
     run:str,                       # The run's name; the same name goes on
@@ -377,9 +404,10 @@ def _finished(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]|N
     ref = f"runs/{params['run']}/{params['step']}"
     if station == 'setup' or params['restart'] or ref not in store.refs(ref): return None
     with begin(station, params) as job:
-        return job.report if job.report and job.latest('notebooks') else None
+        report = job.judged()
+        return report if job.latest('notebooks') else None
 
-# %% ../nbs/09_recipe.ipynb #af975aff
+# %% ../nbs/09_recipe.ipynb #a12947ab
 def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: # The step's report
     "Run a station's notebook through papermill and seal what it looked like."
     import papermill
@@ -392,6 +420,9 @@ def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: #
                                        stderr_file=sys.stderr, extra_arguments=['--IPKernelApp.log_level=40'])  # errors only: the bars are beside it
         except papermill.PapermillExecutionError as e:
             if e.ename == 'Refused': raise Refused(e.evalue) from None
+            if e.ename == 'GateFailed':  # the step is finished: what it looks like is kept, but not as a notebook of a step that passed
+                _keep(out, params, store, 'failed')
+                raise GateFailed(e.evalue) from None
             if e.ename in ('Interrupted', 'KeyboardInterrupt'): raise Interrupted(e.evalue or f'{station} was interrupted') from None
             if e.ename == 'OSError' and re.match(r'\[Errno (28|122)\]', e.evalue or ''):
                 raise Refused(f"step {params['step']} found no space left ({e.evalue}): make room, or set "
@@ -401,11 +432,16 @@ def _execute(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]: #
             raise RuntimeError(f"step {params['step']} failed with {e.ename}: {e.evalue}\nthe notebook as it stopped: {kept}") from e
         except DeadKernelError as e:
             raise Interrupted(f"the kernel of step {params['step']} died, often because memory ran out; the same command goes on from the last seal") from e
-        base = store.resolve(f"runs/{params['run']}/{params['step']}").rsplit('/', 1)[0]
-        _tidy(out)
-        number = len(store.list(f'{base}/notebooks')) + 1
-        store.seal(tmp, f'{base}/notebooks/{number}')
+        base = _keep(out, params, store, 'notebooks')
     return read_report(store, base) or {}
+
+# %% ../nbs/09_recipe.ipynb #ab78f023
+def _keep(out:Path, params:dict[str,Any], store:Store, kind:str) -> str: # The attempt that it is of
+    "Seal an executed notebook, alone in its folder, with the attempt."
+    base = store.resolve(f"runs/{params['run']}/{params['step']}").rsplit('/', 1)[0]
+    _tidy(out)
+    store.seal(out.parent, f'{base}/{kind}/{len(store.list(f"{base}/{kind}")) + 1}')
+    return base
 
 def _tidy(path:Path, failed:bool=False):
     "Take secrets out of an executed notebook, and progress bars: thousands of lines that nobody reads unless it failed."

@@ -5,13 +5,14 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/stations/2_train.ipynb #deed6112
+# %% ../../nbs/stations/2_train.ipynb #cd9a7fda
 from typing import Any
 
+from ..gates import read_gates
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/2_train.ipynb #c69fd4e2
+# %% ../../nbs/stations/2_train.ipynb #5a97aa55
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -43,18 +44,21 @@ def train(
     grad_accum:int=1,      # Batches before an optimizer step
     max_length:int=512,    # Tokens a row may have
     eval_steps:int=0,      # Held-out loss every so many steps; 0 only before and after
+    early_stop:int=0,      # Stop after so many evaluations without improvement on a tenth of the training rows, and take the best checkpoint; 0 to go on
     seal_steps:int=10,     # Seal a checkpoint every so many steps; 0 by time alone
     seal_minutes:float=30.,# Seal a checkpoint at the latest after so many minutes
     keep_last:int=0,       # Keep so many of the newest checkpoints; 0 for all
     keep_best:int=0,       # And so many of the best by held-out loss
     eval_rows:int=0,       # Examine on so many held-out rows; 0 for all
+    gates:str='',          # What held-out figures must reach before `current` moves, such as citation >= 0.9, eval_loss <= 0.3; '' for nothing
 ) -> dict[str,Any]:        # The report: loss, metrics, samples, adapter
     "Fine-tune a model, and measure it on held-out rows before and after."
     params = dict(locals())
+    read_gates(gates)  # what cannot be read is refused first
     if task not in ('sft', 'grpo', 'classify'):
         raise Refused(f"task={task!r} is not known; there are 'sft' (answer as the completions do), 'grpo' (answer so that marks rise) and 'classify' (labels)")
     with begin('train', params) as job:
-        if job.report: return job.report
+        if report := job.judged(): return report
         if task == 'classify':
             from waystation.embedding.tokens import read_tokenizer  # the same tokens as when the encoder embeds
             from waystation.training.classifier import classify
@@ -68,4 +72,4 @@ def train(
         before = job.read('baseline') or job.note('baseline', examine(course))
         fitted = fit(course, job)
         done = conclude(course, job, before, fitted, examine(course))
-        return job.finish(done | {'lint': summary(course.lint)}, files={'adapter': (done['model'], '')})
+        return job.finish(done | {'lint': summary(course.lint)}, {'adapter': (done['model'], '')}, [done['model']])

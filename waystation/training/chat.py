@@ -122,15 +122,17 @@ def code_rows(
         out.append((next((i for i, (a, b) in enumerate(zip(prompt, both, strict=False)) if a != b), min(len(prompt), len(both))), both))
     return out
 
-# %% ../../nbs/training/10_chat.ipynb #a4ee56ac
+# %% ../../nbs/training/10_chat.ipynb #df4fb82e
 def split(
     rows: list[dict],    # Normalised
     share: float = 0.1,  # Share that is held out
+    salt: str = '',      # Another one, another split: rows of one split would otherwise be those of the next
+    way_out: str = 'give eval_data', # For who has too few rows
 ) -> tuple[list[dict], list[dict]]: # Rows to train on, held-out rows
     "Hold rows out by hash, so that the split survives reordering, growth and another machine."
     def key(r): return hashlib.sha256(str(r.get('id') or json.dumps(r['prompt'], sort_keys=True, ensure_ascii=False)).encode()).hexdigest()
-    out = [in_held_out(key(r), share) for r in rows]
+    out = [in_held_out(salt + key(r), share) for r in rows]
     train, held = ([r for r, o in zip(rows, out, strict=True) if o is side] for side in (False, True))
     if not train or not held:
-        raise Refused(f'{len(rows)} rows leave {len(train)} to train on and {len(held)} held out, and both are needed; add rows, or give eval_data')
+        raise Refused(f'{len(rows)} rows leave {len(train)} to train on and {len(held)} held out, and both are needed; add rows, or {way_out}')
     return train, held

@@ -68,7 +68,7 @@ def read_rewards(
     if not found: raise Refused(f"rewards={text!r} names nothing; task='grpo' needs marks to learn from: {', '.join(REWARDS)}, or module:function")
     return found, weights
 
-# %% ../../nbs/training/17_rewards.ipynb #b3a001fb
+# %% ../../nbs/training/17_rewards.ipynb #57a707f4
 class Learner(GRPOTrainer):
     "GRPOTrainer that is examined like the other tasks."
     judge:Any = None  # The trainer that takes the loss of held-out completions
@@ -76,8 +76,9 @@ class Learner(GRPOTrainer):
     @property
     def tokens(self) -> int: return int(self.state.num_input_tokens_seen)
 
-    def evaluate(self, *a, **kw):
-        found = {'eval_loss': self.judge.evaluate()['eval_loss']}
+    def evaluate(self, rows=None, ignore_keys=None, metric_key_prefix='eval'):
+        name = f'{metric_key_prefix}_loss'
+        found = {name: self.judge.evaluate(rows, metric_key_prefix=metric_key_prefix)[name]}
         self.log(dict(found))
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found

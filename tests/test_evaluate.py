@@ -1,0 +1,126 @@
+"""`waystation evaluate`: the figures of a model and its base, and what is refused."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from test_train import rows, tiny_model
+
+from waystation.cli import main
+from waystation.runtime import Refused
+from waystation.stations.train import train
+from waystation.store import Store
+from waystation.training.chat import read_rows
+from waystation.training.report import base_of, calibrate, known_pairs, overlap, report_answers, unanswerable
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    "An adapter of a tiny random model, whose base lies in a folder."
+    tmp = tmp_path_factory.mktemp("evaluate")
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("WAYSTATION_WANDB_MODE", "disabled")
+        m.setenv("WAYSTATION_CACHE", str(tmp / "cache"))
+        r = train(run="t", store=str(tmp / "store"), model=tiny_model(tmp / "model"), data=rows(tmp / "rows.jsonl"), max_steps=4, lora_r=4, method="lora",
+                  max_length=128, warmup_steps=1)  # fmt: skip
+    return tmp, r
+
+
+def grounded(path, n=12):
+    made = []
+    for i in range(n):
+        passages = [{"label": f"D{j}", "text": f"Card {j}. Annual fee: ${j}1.00 [D{j}]"} for j in (i, i + 1)]
+        text = "\n".join(p["text"] for p in passages) + f"\nWhat is the fee of card {i}?"
+        made.append(dict(id=f"r{i}", prompt=text, completion=f"The annual fee of card {i} is ${i}1.00. [D{i}]", answer=f"${i}1.00", cite=f"D{i}", passages=passages))
+    path.write_text("".join(json.dumps(r) + "\n" for r in made))
+    return path
+
+
+def test_the_command_agrees_with_the_report_of_the_training(trained, tmp_path, monkeypatch, capsys):
+    tmp, r = trained
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp / "cache"))
+    held = {json.dumps(x["question"]) for x in r["samples"]}
+    file = tmp_path / "held.jsonl"
+    lines = (tmp / "rows.jsonl").read_text().splitlines()
+    file.write_text("\n".join(x for x in lines if json.dumps(json.loads(x)["prompt"]) in held))
+    assert r["n_eval"] == len(held) < 5
+    assert main(["evaluate", "store:models/t/current", str(file), "--store", str(tmp / "store"), "--max-new", "16", "--form", r"It is \d+!", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    for who, when in (("base", "before"), ("tuned", "after")):
+        m = said["metrics"][who]
+        assert m["loss"]["value"] == pytest.approx(r["eval_loss"][when], abs=2e-2) and m["loss"]["low"] < m["loss"]["value"] < m["loss"]["high"]
+        assert (m["exact"]["n"], m["form"]["n"], m["seconds an answer"]["n"]) == (len(held),) * 3
+    assert said["metrics"]["base"]["loss"]["value"] > said["metrics"]["tuned"]["loss"]["value"]
+    assert main(["evaluate", str(tmp / "model"), str(file), "--max-new", "4", "--rows", "1"]) == 0
+    told = capsys.readouterr().out
+    assert told.split()[0] == "model" and "perplexity" in told and "tuned" not in told
+
+
+def test_grounded_rows(trained, tmp_path, monkeypatch):
+    tmp, _ = trained
+    asked = read_rows(grounded(tmp_path / "g.jsonl"))
+    bare = unanswerable(asked)
+    assert len(bare) == 12 and all(r["answer"] not in r["prompt"][-1]["content"] for r in bare)
+    right, wrong = known_pairs(asked)
+    assert min(overlap(right)) > max(overlap(wrong)) == 0
+    made = calibrate(asked)
+    assert made["missed"]["hits"] == made["fooled"]["hits"] == 0 and made["fooled"]["n"] == 12
+
+    from waystation.training import report
+
+    def scripted(model, tokenizer, rows, max_new, **kw):
+        "Answers as expected where the passage is there, and a refusal where it is not."
+        return [r["completion"][0]["content"] if r["answer"] in r["prompt"][-1]["content"] else "The passages do not say." for r in rows]
+
+    monkeypatch.setattr(report, "generate_answers", scripted)
+    m = report_answers(tmp / "model", asked, Store(str(tmp / "store")))["metrics"]
+    share = {who: {k: x["hits"] / x["n"] for k, x in m[who].items() if "hits" in x} for who in m}
+    whole = dict.fromkeys(("format", "citation", "answer", "both", "sentences that cite", "sentences supported", "refused, no answer there"), 1)
+    assert share["model"] == whole | {"refused, answer there": 0}
+    assert share["word overlap"]["refused, no answer there"] == 0 and share["word overlap"]["sentences that cite"] == 1
+    constant = report_answers(tmp / "model", asked, Store(str(tmp / "store")), support=lambda pairs: [0.5] * len(pairs))["grounding"]
+    assert constant["missed"]["hits"] == constant["missed"]["n"] or constant["fooled"]["hits"] == constant["fooled"]["n"], "a measure that tells nothing says so"
+
+
+def test_another_base_is_refused(trained, tmp_path, monkeypatch):
+    tmp, r = trained
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp / "cache"))
+    folder, store = Path(r["adapter"]), Store(str(tmp / "store"))
+    assert base_of(folder, store) == tmp / "model"
+    weights = tmp / "model/model.safetensors"
+    kept = weights.read_bytes()
+    try:
+        weights.write_bytes(kept[:-1] + bytes([kept[-1] ^ 1]))
+        with pytest.raises(Refused, match=r"was trained on .* with another content"):
+            base_of(folder, store)
+    finally:
+        weights.write_bytes(kept)
+
+
+def test_bad_input(trained, tmp_path, capsys):
+    tmp, _ = trained
+    file = rows(tmp_path / "rows.jsonl")
+    for args, says in (((str(tmp / "no"), file), "does not exist"), ((str(tmp / "model"), file, "--form", "["), "not a regular expression"),
+                       ((str(tmp / "model"), str(tmp / "no.jsonl")), "does not exist"), ((str(tmp / "cache"), file), "not a causal language model"),
+                       ((str(tmp / "model"), file, "--refusal", "("), "refusal='('"), ((str(tmp / "model"), file, "--max-new", "0"), "max_new=0")):  # fmt: skip
+        assert main(["evaluate", *args]) == 2
+        assert says in capsys.readouterr().err
+
+
+def test_row_losses_do_not_depend_on_their_company(trained):
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from waystation.training.report import row_losses
+    from waystation.training.trainer import encode
+
+    tmp, _ = trained
+    tok = AutoTokenizer.from_pretrained(tmp / "model")
+    model = AutoModelForCausalLM.from_pretrained(tmp / "model").eval()
+    data = encode(read_rows(tmp / "rows.jsonl")[:10], tok, 128)[0]
+    sums, counts = row_losses(model, data, 1)
+    for i in (0, 9):
+        ids = torch.tensor([data[i]["input_ids"]])
+        labels = ids.masked_fill(torch.tensor([data[i]["completion_mask"]]) == 0, -100)
+        assert counts[i] == sum(data[i]["completion_mask"])
+        assert sums[i] / counts[i] == pytest.approx(model(input_ids=ids, labels=labels).loss.item(), rel=1e-4)
