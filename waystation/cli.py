@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'TASKS', 'QUESTIONS', 'station', 'preflight', 'parser', 'store_command', 'store_ls',
-           'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'lint', 'search', 'sql', 'evaluate',
-           'headline', 'table', 'terminable', 'main']
+           'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'lint', 'search', 'sql', 'classify',
+           'near', 'cluster', 'evaluate', 'headline', 'table', 'terminable', 'main']
 
 # %% ../nbs/90_cli.ipynb #ec31dab7
 import argparse, contextlib, errno, importlib, inspect, json, shutil, signal, sys, textwrap, threading
@@ -270,10 +270,10 @@ def _grid(names:Sequence[str], rows:Iterable[Sequence[Any]]) -> str: # As wide a
     widths = [min(w, cap) for w in widths]
     return '\n'.join('  '.join(_cut(c, w).ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in shown)
 
-# %% ../nbs/90_cli.ipynb #ef01337f
+# %% ../nbs/90_cli.ipynb #2d91c41b
 def search(
     table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
-    question:str,       # In words, or a sequence, or a .npy file with a vector
+    question:str,       # In words, or a sequence, or a FASTA file with one, or a .npy file with a vector
     where:str='',       # SQL condition on columns, applied before the search; '' for none
     k:int=10,           # How many rows at most
     columns:str='',     # Columns to show, separated by commas; '' for all but the vector
@@ -283,18 +283,18 @@ def search(
 ) -> dict[str,Any]:
     "Ask a table in words, by a sequence or by a vector."
     from waystation.stations.export import encoder, maker
-    from waystation.vectors.ask import ask, card, find_table, plain, read_vector
+    from waystation.vectors.ask import ask, card, find_table, plain, read_one
     found, file, show = find_table(table, store), question.lower().endswith('.npy'), [c.strip() for c in columns.split(',') if c.strip()]
     about = card(found.ds)
     who = maker(about, _open(store), model) if model or (mode != 'text' and not file) else None
     encode, made_by = (encoder(about, who), who.fingerprint) if who else (None, '')
-    answer, kept = ask(found, read_vector(question) if file else question, k, where, show, mode, encode, made_by)
+    answer, kept = ask(found, read_one(question), k, where, show, mode, encode, made_by)
     rows = [{c: plain(v) for c, v in row.items()} for row in answer.to_pylist()]
     first = [answer.column_names[-1], *answer.column_names[:-1]]  # what they are ranked by
     return dict(table=found.name, question=question, where=where, k=k, mode=mode, model=about.get('model', ''), kept=kept, rows=rows,
                 text=_grid(first, [[r[c] for c in first] for r in rows]) if rows else 'no row')
 
-# %% ../nbs/90_cli.ipynb #2daf1522
+# %% ../nbs/90_cli.ipynb #ac98946c
 def sql(
     table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
     query:str,          # SELECT …; the table is called vectors, a Parquet file beside it by its name without the ending
@@ -315,7 +315,84 @@ def sql(
     text = _grid(rows.column_names, cells) if cells else 'no row'
     return told | dict(columns=rows.column_names, rows=cells, more=more, text=text + ('\n… and more; --to FILE writes all' if more else ''))
 
-QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql, 'lint': lint}
+
+# %% ../nbs/90_cli.ipynb #fd9b4152
+def _found(rows, file, about:str, **told:Any) -> dict[str,Any]: # An Arrow table; its rows in `file`, or the first of them here
+    "What the commands for kin return."
+    from waystation.vectors.ask import plain, write_rows
+    if file: return told | dict(to=str(file), rows=write_rows(rows.to_reader(), file), text=f'{about}\n{len(rows):,} rows in {file}')
+    first = [{c: plain(v) for c, v in row.items()} for row in rows.slice(0, 1000).to_pylist()]
+    more = '\n… and more; --to FILE writes all' if len(rows) > len(first) else ''
+    return told | dict(rows=first, more=bool(more), text=about + ('\n\n' + _grid(rows.column_names, [list(r.values()) for r in first]) + more if first else ''))
+
+# %% ../nbs/90_cli.ipynb #84af1c51
+def classify(
+    table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
+    question:str,       # In words, or a sequence; a FASTA file, or a .npy file with vectors, for many
+    label:str='',       # The column that says what a row is
+    k:int=0,            # Nearest labelled rows that vote; 0: as many as name most of the table's own rows, 3 where the threshold is given
+    threshold:float=0., # A question farther than this from every labelled row is novel; 0: learnt from the table, in a pass over it
+    to:str='',          # The file to write, ending in .csv, .parquet or .arrow; '' for the screen
+    model:str='',       # The model of the question; '' for the table's own, which is looked for where its card says
+    store:str='',       # Where seals and models are looked up; '' for the one in the settings
+) -> dict[str,Any]:
+    "Say what a text, a sequence or a vector is by its nearest labelled neighbours, or that it is novel."
+    from waystation.stations.export import encoder, maker
+    from waystation.vectors import kin
+    from waystation.vectors.ask import card, check_file, find_table, read_asked
+    file, found = check_file(to) if to else None, find_table(table, store)
+    about, (names, asked) = card(found.ds), read_asked(question)
+    if k < 0: raise Refused(f"k={k}; somebody has to vote: k=1 or more, or 0 for as many as name most of the table's own rows")
+    kin.check_column(found.ds, 'label', label)
+    who = maker(about, _open(store), model) if model or isinstance(asked, list) else None
+    vectors:Any = encoder(about, who)(asked) if who and isinstance(asked, list) else asked
+    learnt = {} if threshold else {x: v for x, v in kin.calibrate(found.ds, label, k).items() if x != 'distances'}
+    far, k = threshold or learnt['threshold'], k or learnt.get('k', kin.VOTERS[0])
+    def share(m): return f"{m['value']:.1%} [{m['low']:.1%}, {m['high']:.1%}] of {m['n']:,}"
+    text = f'novel beyond a distance of {far:.6g}; {k} neighbours vote'
+    if learnt:
+        text += (f"\nlearnt from {learnt['rows']:,} rows with {learnt['labels']:,} values of {label}: {share(learnt['named'])} known rows named rightly, "
+                 f"{share(learnt['wrongly'])} called novel, {share(learnt['found'])} strangers found, AUROC {learnt['auroc']:.3f}")
+    return _found(kin.classify(found.ds, vectors, label, k, far, names), file, text, table=found.name, threshold=far, k=k, learnt=learnt)
+
+# %% ../nbs/90_cli.ipynb #b48fe7a7
+def near(
+    table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
+    above:float=.95,    # The cosine from which two rows are near-duplicates; 1 for those with the same vector
+    groups:bool=False,  # A line for each row that has kin, with the first row of its group, instead of one for each pair
+    to:str='',          # The file to write, ending in .csv, .parquet or .arrow; '' for the screen
+    store:str='',       # Where seals are looked up; '' for the one in the settings
+) -> dict[str,Any]:
+    "Find near-duplicates in a table."
+    from waystation.vectors.ask import check_file, find_table
+    from waystation.vectors.kin import near_groups, near_pairs
+    file, found = check_file(to) if to else None, find_table(table, store)
+    rows, n = (near_groups if groups else near_pairs)(found.ds, above), found.ds.count_rows()
+    what = f"{len(rows):,} of {n:,} rows in {len(rows['group'].unique()):,} groups" if groups else f'{len(rows):,} pairs among {n:,} rows'
+    return _found(rows, file, f'{what}, cosine {above:g} or more', table=found.name, above=above)
+
+# %% ../nbs/90_cli.ipynb #8f015f8d
+def cluster(
+    table:str,          # A folder with a Lance table, or a seal or ref such as vectors/demo/current
+    clusters:int=0,     # How many; 0: the square root of half the rows
+    color:str='',       # A column that names the clusters and colours the picture
+    to:str='',          # The file for each row's cluster and place on the map, ending in .csv, .parquet or .arrow; '' for none
+    picture:str='',     # The file for the map, ending in .png, .svg or .pdf; '' for none
+    store:str='',       # Where seals are looked up; '' for the one in the settings
+) -> dict[str,Any]:
+    "Divide a table into clusters, and put its rows on a map."
+    from waystation.vectors.ask import check_file, find_table
+    from waystation.vectors.kin import clustered, draw_clusters, summary
+    file, drawn, found = check_file(to) if to else None, check_file(picture, ('.png', '.svg', '.pdf'), 'picture') if picture else None, find_table(table, store)
+    rows, kept = clustered(found.ds, clusters, color)
+    if drawn: draw_clusters(rows, kept, color or 'cluster').savefig(drawn, dpi=150)
+    told = summary(found.ds, rows, color)
+    about = f'{len(rows):,} rows in {len(told):,} clusters; x and y are the first two principal components, {kept:.0%} of the variance'
+    if drawn: about += f'\nthe map in {drawn}'
+    if file: about += f"\nthe cluster and place of each row in {_found(rows, file, '')['to']}"
+    return _found(told, None, about, table=found.name, variance=round(kept, 4), to=str(file or ''), picture=str(drawn or ''))
+
+QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql, 'classify': classify, 'near': near, 'cluster': cluster, 'lint': lint}
 
 # %% ../nbs/90_cli.ipynb #92e89989
 def evaluate(

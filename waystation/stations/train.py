@@ -12,7 +12,7 @@ from ..gates import read_gates
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/2_train.ipynb #5a97aa55
+# %% ../../nbs/stations/2_train.ipynb #58605955
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -65,10 +65,11 @@ def train(
             return classify(job, read_tokenizer)
         from waystation.training.lint import summary
         from waystation.training.trainer import conclude, examine, fit, prepare
-        course = prepare(job)  # refuses what cannot work
         if task == 'grpo':
-            from waystation.training.rewards import reinforce
-            course = reinforce(course, job)
+            from waystation.training.rewards import check_answers, reinforce
+            check_answers(params)
+        course = prepare(job)  # refuses what cannot work
+        if task == 'grpo': course = reinforce(course, job)
         before = job.read('baseline') or job.note('baseline', examine(course))
         fitted = fit(course, job)
         done = conclude(course, job, before, fitted, examine(course))

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFINE', 'LOCKED', 'SERIES', 'check_where', 'search', 'index_recall', 'sample', 'answers', 'best_documents', 'wilson',
-           'bootstrap', 'retrieval', 'read_questions', 'measure', 'check_select', 'asked', 'sql', 'pca', 'draw_map']
+           'bootstrap', 'retrieval', 'read_questions', 'measure', 'check_select', 'asked', 'sql', 'plane', 'pca',
+           'draw_points', 'draw_map']
 
 # %% ../../nbs/vectors/31_search.ipynb #9a7be403
 import contextlib, functools, json, operator, re, tempfile
@@ -270,42 +271,60 @@ def sql(
     "The whole answer to a question in SQL."
     with asked(query, **tables) as answer: return answer.read_all()
 
-# %% ../../nbs/vectors/31_search.ipynb #6ed1b1e2
+# %% ../../nbs/vectors/31_search.ipynb #74aa0e94
+def plane(
+    vectors:np.ndarray, # [n, dim]
+) -> tuple[np.ndarray,np.ndarray,float]: # Their mean, [dim], two directions, [dim, 2], and the share of the variance that these keep
+    "The two directions of largest variance."
+    centre = vectors.mean(axis=0, dtype=np.float64)
+    centred = vectors - centre
+    variance, directions = np.linalg.eigh(centred.T @ centred)  # ascending
+    axes = directions[:, -2:][:, ::-1]
+    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), range(axes.shape[1])])  # a direction has no sign of its own: fix one
+    return centre, axes, float(variance[-2:].sum() / max(variance.sum(), 1e-30))
+
 def pca(
     vectors:np.ndarray, # [n, dim]
 ) -> tuple[np.ndarray,float]: # Points, [n, 2], and the share of the variance that they keep
     "Project on the two directions of largest variance."
-    centred = vectors - vectors.mean(axis=0, dtype=np.float64)
-    variance, directions = np.linalg.eigh(centred.T @ centred)  # ascending
-    axes = directions[:, -2:][:, ::-1]
-    axes = axes * np.sign(axes[np.abs(axes).argmax(axis=0), [0, 1]])  # a direction has no sign of its own: fix one
-    return centred @ axes, float(variance[-2:].sum() / max(variance.sum(), 1e-30))
+    centre, axes, kept = plane(vectors)
+    return (vectors - centre) @ axes, kept
 
-# %% ../../nbs/vectors/31_search.ipynb #a09d1d5d
-def draw_map(
-    ds,             # A finished Lance dataset
-    color:str='',   # Column that colours the points: its eight most frequent values, the rest in grey; '' for one colour
-    limit:int=5000, # At most this many rows, evenly spread
-):                  # A matplotlib figure
-    "A map of the table's vectors by PCA."
+# %% ../../nbs/vectors/31_search.ipynb #6ec550d9
+def draw_points(
+    points:np.ndarray,     # [n, 2]
+    label:Sequence[str],   # What colours each point: the eight most frequent values, the rest in grey
+    color:str,             # What the labels are called; '' for one colour
+    title:str,
+):                         # A matplotlib figure
+    "A map of points."
     import matplotlib.pyplot as plt
-    if color: check_column(ds, 'color', color)
-    vectors, rows = sample(ds, limit, [color] if color else [])
-    points, kept = pca(vectors)
-    label = np.array(['none' if x is None else str(x) for x in rows[color].to_pylist()] if color else [''] * len(rows))
-    values, n = np.unique(label, return_counts=True)
+    labels = np.asarray(label)
+    values, n = np.unique(labels, return_counts=True)
     top = [str(x) for x in values[np.argsort(-n, kind='stable')][:8]]
     fig, ax = plt.subplots(figsize=(7, 5.6 if color else 4.5), layout='constrained')
-    style: dict[str,Any] = dict(s=max(3, min(18, 20000 / len(rows))), linewidths=0)
+    style: dict[str,Any] = dict(s=max(3, min(18, 20000 / len(points))), linewidths=0)
     colors = [plt.get_cmap('tab10')(i) for i in (0, 1, 2, 3, 4, 5, 6, 8)]  # without its grey
     if rest := len(values) - len(top):
-        ax.scatter(*points[~np.isin(label, top)].T, color='0.82', label=f'other ({rest} values)', **style)
+        ax.scatter(*points[~np.isin(labels, top)].T, color='0.82', label=f'other ({rest} values)', **style)
     for i, value in enumerate(top):
         short = value if len(value) <= 40 else value[:39] + '…'
-        ax.scatter(*points[label == value].T, color=colors[i], label=f"{short} ({(label == value).sum()})", **style)
-    shown = f'{len(rows):,}' + (f' of {ds.count_rows():,}' if len(rows) < ds.count_rows() else '')
-    ax.set(title=f'{shown} vectors, PCA ({kept:.0%} of the variance)', xlabel='first component', ylabel='second component')
+        ax.scatter(*points[labels == value].T, color=colors[i], label=f"{short} ({(labels == value).sum()})", **style)
+    ax.set(title=title, xlabel='first component', ylabel='second component')
     handles, names = ax.get_legend_handles_labels()
     if rest: handles, names = [*handles[1:], handles[0]], [*names[1:], names[0]]  # the rest comes last
     if color: fig.legend(handles, names, title=color, loc='outside lower center', ncols=2, frameon=False, markerscale=3 if style['s'] < 8 else 1.6, fontsize=9)
     return fig
+
+def draw_map(
+    ds,             # A finished Lance dataset
+    color:str='',   # Column that colours the points; '' for one colour
+    limit:int=5000, # At most this many rows, evenly spread
+):                  # A matplotlib figure
+    "A map of the table's vectors by PCA."
+    if color: check_column(ds, 'color', color)
+    vectors, rows = sample(ds, limit, [color] if color else [])
+    points, kept = pca(vectors)
+    shown = f'{len(rows):,}' + (f' of {ds.count_rows():,}' if len(rows) < ds.count_rows() else '')
+    label = ['none' if x is None else str(x) for x in rows[color].to_pylist()] if color else [''] * len(rows)
+    return draw_points(points, label, color, f'{shown} vectors, PCA ({kept:.0%} of the variance)')
