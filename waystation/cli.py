@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'TASKS', 'QUESTIONS', 'station', 'preflight', 'parser', 'store_command', 'store_ls',
            'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'lint', 'search', 'sql', 'classify',
-           'near', 'cluster', 'evaluate', 'headline', 'table', 'terminable', 'main']
+           'near', 'cluster', 'view', 'evaluate', 'headline', 'table', 'terminable', 'main']
 
 # %% ../nbs/90_cli.ipynb #ec31dab7
 import argparse, contextlib, errno, importlib, inspect, json, shutil, signal, sys, textwrap, threading
@@ -393,6 +393,50 @@ def cluster(
     return _found(told, None, about, table=found.name, variance=round(kept, 4), to=str(file or ''), picture=str(drawn or ''))
 
 QUESTIONS:dict[str,Callable[...,dict[str,Any]]] = {'search': search, 'sql': sql, 'classify': classify, 'near': near, 'cluster': cluster, 'lint': lint}
+
+# %% ../nbs/90_cli.ipynb #e6516861
+def _measured(run:dict[str,Any]) -> list[tuple[str,list[tuple[str,str]]]]: # A heading and its figures for each step of what `show_run` gives
+    told = []
+    for s in run['steps']:
+        try: found = headline(s['report']) if s['report'] else []
+        except (KeyError, TypeError, AttributeError, ValueError): found = []  # of another version
+        curve = s['metrics']
+        found += [(k, f"{curve[0][k]:.4g} at checkpoint {curve[0]['number']}, {curve[-1][k]:.4g} at {curve[-1]['number']}")
+                  for k in (curve[0] if curve else ()) if k != 'number' and k in curve[-1]]
+        if found: told.append((f"{s['step']}, run {run['run']}", found))
+    return told
+
+def view(
+    table:str,             # A folder with a Lance table, or a seal or ref such as vectors/demo/current
+    host:str='127.0.0.1',  # Address to listen on; one that others reach needs a token
+    port:int=8050,         # Port to listen on; 0 for any that is free
+    token:str='',          # Who has it may look; '' for none on loopback and a new one elsewhere
+    model:str='',          # The model of questions; '' for the table's own, which is looked for where its card says
+    store:str='',          # Where seals and models are looked up; '' for the one in the settings
+) -> dict[str,Any]:
+    "Look at a table in a browser: search, filters and a map."
+    import secrets
+    import socket
+    from waystation.registry import show_run
+    from waystation.stations.export import encoder, maker
+    from waystation.vectors.ask import card, find_table
+    from waystation.vectors.view import guard, is_loopback, listen, look, page
+    token = token or ('' if is_loopback(host) else secrets.token_urlsafe(24))
+    found = find_table(table, store)
+    about, place, who, why, measured = card(found.ds), _open(store), None, '', []
+    try: who = maker(about, place, model)
+    except Refused as e: why = str(e)
+    with contextlib.suppress(Refused): measured = _measured(show_run(place, about.get('run', '')))  # the table may come from elsewhere
+    app = page(look(found, encoder(about, who) if who else None, who.fingerprint if who else '', why, measured))
+    guard(app, host, token)
+    server = listen(app, host, port)
+    name = socket.gethostname() if host in ('0.0.0.0', '::', '') else f'[{host}]' if ':' in host else host
+    url = f"http://{name}:{server.port}/" + (f'?token={token}' if token else '')
+    print(f'{found.name}: {url} (Ctrl-C ends it)', flush=True)
+    with contextlib.suppress(Interrupted): server.serve_forever()
+    return dict(table=found.name, url=url, text='closed')
+
+QUESTIONS['view'] = view
 
 # %% ../nbs/90_cli.ipynb #92e89989
 def evaluate(

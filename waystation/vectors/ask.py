@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['RRF', 'DEEP', 'ANSWERS', 'MODES', 'FILES', 'Table', 'find_table', 'read_vector', 'read_asked', 'read_one',
-           'search_text', 'search_both', 'ask', 'select', 'plain', 'some_rows', 'check_file', 'write_rows']
+           'search_text', 'search_both', 'reading', 'ask', 'select', 'plain', 'some_rows', 'check_file', 'write_rows']
 
 # %% ../../nbs/vectors/32_ask.ipynb #a6651358
 import contextlib, json, math, os, tempfile
@@ -139,7 +139,7 @@ def search_both(
     found = rows.select(show).take(pa.array([at[id] for id in best], pa.int64()))
     return found.append_column('_relevance', pa.array([relevance[id] for id in best], pa.float64()))
 
-# %% ../../nbs/vectors/32_ask.ipynb #f933999f
+# %% ../../nbs/vectors/32_ask.ipynb #00731fdb
 ANSWERS = 1  # Raised when the same question would get another answer
 MODES = {'vector': '_distance', 'text': '_score', 'hybrid': '_relevance'}  # What each ranks by
 
@@ -158,7 +158,12 @@ def _believed(data:bytes, schema:pa.Schema, k:int) -> pa.Table|None:
     ranks = t[-1].to_numpy() * (1 if schema.names[-1] == '_distance' else -1)
     return t if np.isfinite(ranks).all() and (np.diff(ranks) >= 0).all() else None
 
-def _read(table:Table, where:str, find:Callable[[],pa.Table]) -> pa.Table:
+def reading(
+    table:Table,          # What is read
+    where:str,            # The condition that is asked; '' for none
+    find:Callable[[],Any],# Reads it
+):                        # What `find` gives
+    "Read, and say in a sentence why a table cannot be read."
     try: return find()
     except (OSError, ValueError, RuntimeError) as e:  # what was asked has been checked before, but for what it does to each value
         if 'filter expression' in str(e): raise Refused(f"where={where!r} cannot be answered for every row ({first_line(e)}); leave such rows out first") from e
@@ -177,7 +182,7 @@ def _check(ds, question:str|np.ndarray, k:int, where:str, columns:Sequence[str],
     if missing := [c for c in columns if c not in ds.schema.names]: raise Refused(f"columns={','.join(missing)} are not in the table; it has {', '.join(_have(ds))}")
     check_where(ds, where)
 
-# %% ../../nbs/vectors/32_ask.ipynb #e598303d
+# %% ../../nbs/vectors/32_ask.ipynb #3fb8be65
 def ask(
     table:Table,               # What `find_table` gives
     question:str|np.ndarray,   # Words, or a vector [dim]
@@ -199,7 +204,7 @@ def ask(
         q, args = encode([words])[0] if words and encode and mode != 'text' else vector, (k, where, show)
         find = dict(vector=lambda: search(table.ds, q, *args), text=lambda: search_text(table.ds, words, *args),
                     hybrid=lambda: search_both(table.ds, q, words, *args))
-        return _read(table, where, find[mode]).cast(schema)
+        return reading(table, where, find[mode]).cast(schema)
     if not table.content: return make(), False
     import lance
     whole = dict(waystation=ANSWERS, lance=lance.__version__, table=table.content, words=words, vector=vector.tobytes().hex(),
