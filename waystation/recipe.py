@@ -25,10 +25,10 @@ from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #d34e5687
+# %% ../nbs/09_recipe.ipynb #ecc566ab
 # Parameters that say how a step is run, not what it computes.
 HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'workers', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best',
-       'gates')
+       'to', 'fat32', 'with_model', 'gates')
 INPUTS = ('model', 'data', 'eval_data', 'source', 'metadata', 'questions')
 MOVES = ('source', 'source (content)', 'limit')  # What may differ under `update`: which rows there are, not what is made of one
 
@@ -375,7 +375,7 @@ def load_recipe(
         read_gates(s.get('gates', ''))  # what is not a demand is refused before the first step
     return steps
 
-# %% ../nbs/09_recipe.ipynb #08d8b6cc
+# %% ../nbs/09_recipe.ipynb #c28ec819
 def run_recipe(
     recipe:str|Path,               # A YAML file or a packaged recipe's name
     run:str,                       # The run's name; the same name goes on
@@ -400,9 +400,9 @@ def run_recipe(
     return dict(run=run, store=store, steps=reports, notebooks=notebooks) | (dict(mirror=place.drain()) if place.mirror else {})
 
 def _finished(station:str, params:dict[str,Any], store:Store) -> dict[str,Any]|None:
-    "The report of a step that is done and whose notebook is sealed; its parameters are checked as if it ran."
+    "The report of a step that is done and whose notebook is sealed, and that is not to write a copy again; its parameters are checked as if it ran."
     ref = f"runs/{params['run']}/{params['step']}"
-    if station == 'setup' or params['restart'] or ref not in store.refs(ref): return None
+    if station == 'setup' or params['restart'] or params.get('to') or ref not in store.refs(ref): return None
     with begin(station, params) as job:
         report = job.judged()
         return report if job.latest('notebooks') else None

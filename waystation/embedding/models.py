@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['ONLY', 'POSITIONS', 'SIZES', 'PRESETS', 'TABLES', 'LINEAR', 'IGNORED', 'SCORES', 'FLOAT32', 'POOLINGS', 'Config',
            'read_config', 'table', 'shapes', 'operations', 'at_once', 'Checkpoint', 'read_weights', 'Recipe',
-           'query_prompt', 'read_recipe']
+           'query_prompt', 'read_recipe', 'needed']
 
 # %% ../../nbs/embedding/20_models.ipynb #e30057e9
 import json, math, re
@@ -318,3 +318,16 @@ def read_recipe(
         raise Refused(f"max_tokens={max_tokens}, but {folder} has a table of {c.positions} positions, the first at {c.first}; use at most {c.limit}")
     if not 0 <= dimensions <= c.dim: raise Refused(f"dimensions={dimensions}, but {folder} makes vectors of {c.dim} numbers; use 0 for all, or fewer")
     return Recipe(said, normalize, max_tokens or usual, dimensions or c.dim, before)
+
+# %% ../../nbs/embedding/20_models.ipynb #d535bda5
+_NEEDED = ('config.json', 'model.safetensors', 'model.safetensors.index.json', 'tokenizer.json', 'tokenizer_config.json', 'vocab.txt',
+           'modules.json', '*/config.json', 'config_sentence_transformers.json', 'sentence_*_config.json')
+
+def needed(
+    folder:str|Path,   # Model folder
+) -> dict[str,Path]:   # Path below the folder, with slashes -> the file
+    "The files of a model that encode a text."
+    root = Path(folder)
+    index, whole = root/'model.safetensors.index.json', root/'model.safetensors'
+    shards = sorted(set(_json(index)['weight_map'].values())) if index.exists() and not whole.exists() else []
+    return {f.relative_to(root).as_posix(): f for pattern in (*_NEEDED, *shards) for f in sorted(root.glob(pattern)) if f.is_file()}
