@@ -18,7 +18,7 @@ import pytest
 
 ROOT = Path(__file__).resolve().parent.parent
 LIB = ROOT / "waystation"
-HEAVY = ["torch", "jax", "flax", "lancedb", "lance", "transformers", "datasets", "pandas", "wandb", "papermill", "matplotlib", "duckdb", "ray"]
+HEAVY = ["torch", "jax", "flax", "lancedb", "lance", "transformers", "datasets", "pandas", "wandb", "papermill", "matplotlib", "duckdb", "ray", "dash"]
 
 
 @functools.cache
@@ -112,5 +112,5 @@ def test_help_answers_at_once():
         assert done.returncode == 0, done.stderr
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.5, f"waystation --help took {min(times):.2f} s of CPU time; look at python -X importtime -m waystation.cli --help"
-    for verb in ("setup", "train", "embed", "export", "run", "show", "search", "sql", "import"):
+    for verb in ("setup", "train", "embed", "export", "run", "show", "search", "sql", "import", "view", "classify", "near", "cluster", "lint", "evaluate"):
         assert verb in done.stdout
