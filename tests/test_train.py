@@ -164,7 +164,7 @@ def test_messages_and_parquet_train_alike(go, tmp_path):
 @pytest.mark.parametrize(
     "change, says",
     [
-        ({"task": "grpo"}, "task='grpo'"),
+        ({"task": "dpo"}, "task='dpo'"),
         ({"method": "dora"}, "method='dora'"),
         ({"target_modules": "q_proj,c_attn"}, "no c_attn; its linear modules are down_proj, gate_proj, k_proj"),
         ({"eval_steps": 7}, "eval_steps=7 never fires: there are 6 steps"),

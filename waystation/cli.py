@@ -47,7 +47,7 @@ def _add_options(p:argparse.ArgumentParser, f:Callable[...,Any]):
         if isinstance(param.default, bool): p.add_argument(_option(key), dest=key, action='store_true', help=text)
         else: p.add_argument(_option(key), dest=key, default=param.default, metavar=type(param.default).__name__.upper(), help=text)
 
-# %% ../nbs/90_cli.ipynb #2d28fe2e
+# %% ../nbs/90_cli.ipynb #0f897ebb
 def parser(
     wanted:str='', # The command whose options are needed; options of the other stations are not read
 ) -> argparse.ArgumentParser:
@@ -57,6 +57,7 @@ def parser(
     p.add_argument('--version', action='store_true', help='print the version')
     verbs = p.add_subparsers(dest='verb', metavar='COMMAND')
     def add(name, text):
+        text = text.replace('%', '%%')  # argparse reads it as a format
         v = verbs.add_parser(name, help=text, description=text[0].upper() + text[1:] + '.')
         v.add_argument('--json', action='store_true', help='print one JSON object on standard output at the end')
         return v
