@@ -248,6 +248,23 @@ def test_refused(go, tmp_path, change, says):
     assert Store(str(tmp_path / "store")).list() == []
 
 
+def test_evaluate(go, few, tmp_path, capsys):
+    "The command finds what the step's own report says, on the same rows."
+    from waystation.cli import main
+
+    r = go(run="e", max_steps=4, eval_steps=0)
+    assert json.loads(Path(r["adapter"], "waystation.json").read_text())["base"] == few["model"]
+    held = {x["question"] for x in r["samples"]}
+    file, lines = tmp_path / "held.jsonl", Path(few["data"]).read_text().splitlines()
+    file.write_text("\n".join(x for x in lines if json.loads(x)["sequence"][:60] in held))
+    assert main(["evaluate", "store:models/e/current", str(file), "--store", few["store"], "--text", "sequence", "--json"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["levels"] == ["kingdom", "phylum", "genus"] and said["metrics"]["tuned"]["accuracy phylum"]["n"] == len(held)
+    named = [x["after"].split(" > ")[1] == x["expected"].split(" > ")[1] for x in r["samples"]]
+    assert said["metrics"]["tuned"]["accuracy phylum"]["hits"] == sum(named)
+    assert {"macro_f1 genus", "calibration phylum", "path"} <= said["metrics"]["base"].keys()
+
+
 def test_early_stop(go, few):
     "Rows of the training side choose the checkpoint; the held-out figures are those of the checkpoint that was chosen."
     r = go(run="stopped", max_steps=20, eval_steps=2, early_stop=2, learning_rate=0.5, seal_steps=0, keep_last=1)

@@ -76,9 +76,9 @@ def test_grounded_rows(trained, tmp_path, monkeypatch):
     monkeypatch.setattr(report, "generate_answers", scripted)
     m = report_answers(tmp / "model", asked, Store(str(tmp / "store")))["metrics"]
     share = {who: {k: x["hits"] / x["n"] for k, x in m[who].items() if "hits" in x} for who in m}
-    whole = dict.fromkeys(("format", "citation", "answer", "both", "sentences that cite", "sentences supported", "refused, no answer there"), 1)
-    assert share["model"] == whole | {"refused, answer there": 0}
-    assert share["word overlap"]["refused, no answer there"] == 0 and share["word overlap"]["sentences that cite"] == 1
+    whole = dict.fromkeys(("format", "citation", "answer", "both", "sentences that cite", "sentences supported", "refused, unanswerable"), 1)
+    assert share["model"] == whole | {"refused, answerable": 0}
+    assert share["word overlap"]["refused, unanswerable"] == 0 and share["word overlap"]["sentences that cite"] == 1
     constant = report_answers(tmp / "model", asked, Store(str(tmp / "store")), support=lambda pairs: [0.5] * len(pairs))["grounding"]
     assert constant["missed"]["hits"] == constant["missed"]["n"] or constant["fooled"]["hits"] == constant["fooled"]["n"], "a measure that tells nothing says so"
 

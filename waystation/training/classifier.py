@@ -320,7 +320,7 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
-# %% ../../nbs/training/15_classifier.ipynb #f84d9153
+# %% ../../nbs/training/15_classifier.ipynb #db7adf0c
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
     "Seal adapter and encoder."
     p, path = job.params, job.inputs['model'].path
@@ -342,6 +342,7 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
              'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job),
              'steps': facts.get('best_step', c.total), 'rows': len(c.rows)}
+    (job.work/'adapter/waystation.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
     sealed = publish_model(job, job.work/'adapter', name, about | {'eval_loss': facts['eval_loss'], 'metrics': facts['metrics']})
     save_encoder(c.model, path, job.work/'encoder', f"{p['model']} tuned by run {job.run!r}")
     publish_model(job, job.work/'encoder', encoder, about)

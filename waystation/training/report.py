@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['REFUSAL', 'sentences', 'cited_text', 'overlap', 'known_pairs', 'calibrate', 'unanswerable', 'follows', 'mark_all',
-           'ratio', 'row_losses', 'language', 'base_of', 'report_answers', 'report_levels', 'report_table']
+           'ratio', 'row_losses', 'language', 'made_of', 'base_of', 'report_answers', 'report_levels', 'report_table']
 
-# %% ../../nbs/training/16_report.ipynb #fab7078f
+# %% ../../nbs/training/16_report.ipynb #bf205caf
 import json, math, re, time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -17,14 +17,14 @@ from .trainer import encode, linear_modules, load_model, quiet  # first: it quie
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoConfig, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification, AutoTokenizer
 
 from ..assets import resolve
 from ..questions import words
 from ..runtime import Refused, precision
 from ..store import Store
-from .classifier import answers
 from .chat import code_rows
+from .classifier import answers, encoder_parts
 from .evaluate import LABEL, generate_answers, score, wilson, word_overlap
 from .labelled import read_labelled
 from .scoring import score_levels
@@ -124,7 +124,7 @@ def follows(
         except ValueError: return False
     return fits
 
-# %% ../../nbs/training/16_report.ipynb #e2ee9876
+# %% ../../nbs/training/16_report.ipynb #942ab51c
 def mark_all(
     rows: list[dict],        # Normalised
     outputs: list[str],      # One a row
@@ -143,7 +143,7 @@ def mark_all(
         backed = [p for p in said if p[1]]
         out['sentences supported'] = wilson(int(sum(x >= limit for x in support(backed))) if backed else 0, len(said))
     def refused(texts): return wilson(sum(bool(re.search(refusal, x, re.I)) for x in texts), len(texts))
-    if bare: out |= {'refused, no answer there': refused(bare), 'refused, answer there': refused(outputs)}
+    if bare: out |= {'refused, unanswerable': refused(bare), 'refused, answerable': refused(outputs)}
     return out
 
 # %% ../../nbs/training/16_report.ipynb #9067f99b
@@ -199,14 +199,19 @@ def language(
     return outputs, {'loss': loss, 'perplexity': {k: v if k == 'n' else round(math.exp(min(v, 700)), 4) for k, v in loss.items()},
                      'seconds an answer': ratio(alone, [1]*len(alone)), 'tokens a second': {'value': round(tokens/took, 1), 'n': len(rows)}}
 
-# %% ../../nbs/training/16_report.ipynb #54c30ec9
+# %% ../../nbs/training/16_report.ipynb #17084261
+def made_of(folder: Path) -> dict[str, Any]: # {} when something else wrote the folder
+    "What waystation wrote into a model's folder when it made it."
+    file = folder/'waystation.json'
+    return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
+
 def base_of(
     folder: Path,   # A model folder
     store: Store,   # For a base that lies there
 ) -> Path | None:   # None for a whole model
     "Where the base of an adapter is."
     if not (folder/'adapter_config.json').is_file(): return None
-    made = json.loads((folder/'waystation.json').read_text(encoding='utf-8')) if (folder/'waystation.json').is_file() else {}
+    made = made_of(folder)
     named = made.get('base') or json.loads((folder/'adapter_config.json').read_text(encoding='utf-8')).get('base_model_name_or_path') or ''
     found = resolve(named, 'model', store)
     if made.get('base_fingerprint', found.fingerprint) != found.fingerprint:
@@ -250,7 +255,7 @@ def report_answers(
                for i, r in enumerate(rows[:5])]
     return {'metrics': metrics, 'grounding': checked, 'samples': samples}
 
-# %% ../../nbs/training/16_report.ipynb #1e69e730
+# %% ../../nbs/training/16_report.ipynb #761e41ff
 def report_levels(
     folder: Path,           # An adapter with labels.json
     source: str | Path,     # Rows, as `embed` reads them
@@ -266,7 +271,8 @@ def report_levels(
     rows, left_out = read_labelled(source, text, list(labels.levels))
     rows, tokenizer = rows[:limit or None], read_tokenizer(path)
     if not rows: raise Refused(f'{source} has no row with a text and a label; there is nothing to ask about')
-    room = AutoConfig.from_pretrained(path).max_position_embeddings - tokenizer.extra - 2
+    positions = encoder_parts(path)[1]
+    room = min(positions, made_of(folder).get('params', {}).get('max_length', positions)) - tokenizer.extra  # as it was trained
     data = [{'input_ids': tokenizer.wrap(ids[:room]).tolist()} for ids, _, _ in tokenizer.encode([r['text'] for r in rows])]
     torch.manual_seed(0)  # the base's heads are random
     model, metrics = AutoModelForSequenceClassification.from_pretrained(path, num_labels=sum(labels.sizes), dtype=torch.float32), {}
@@ -277,14 +283,14 @@ def report_levels(
         metrics[who] = {f'{k} {level}': x for k in ('accuracy', 'macro_f1', 'calibration') for level, x in m[k].items()} | {k: m[k] for k in m if k == 'path'}
     return {'metrics': metrics, 'levels': list(labels.levels), 'left_out': left_out}
 
-# %% ../../nbs/training/16_report.ipynb #3deff7fd
+# %% ../../nbs/training/16_report.ipynb #1c9c135c
 def report_table(
     metrics: dict[str, dict[str, dict]], # Who -> figure -> hits or value, n, low, high
 ) -> list[list[str]]:                    # A heading and a line a figure
     "One column for each who answered."
     def cell(m):
         if not m: return ''
-        head = f"{m['hits']}/{m['n']}" if 'hits' in m else f"{m['value']:.4g} (n={m['n']})"
+        head = f"{m['hits']}/{m['n']}" if 'hits' in m else f"{m['value']:.3g} n={m['n']}"
         return head + (f" [{m['low']:.3g}, {m['high']:.3g}]" if 'low' in m else '')
     names = list(dict.fromkeys(k for m in metrics.values() for k in m))
     return [['', *metrics], *([k, *(cell(m.get(k)) for m in metrics.values())] for k in names)]
