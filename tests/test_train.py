@@ -85,6 +85,18 @@ def test_result(go, tmp_path):
     assert r["model"] in card and "3 held-out rows" in card
 
 
+@pytest.mark.parametrize("method, flag", [("rslora", "use_rslora"), ("dora", "use_dora")])
+def test_methods_by_name(go, method, flag):
+    from peft import AutoPeftModelForCausalLM
+
+    r = go(method=method, max_steps=2, eval_steps=0)
+    said = json.loads(Path(r["adapter"], "adapter_config.json").read_text())
+    assert said[flag] and r["eval_loss"]["after"] < r["eval_loss"]["before"]
+    assert set(said["target_modules"]) == {"q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"}, "all linear layers"
+    names = [n for n, _ in AutoPeftModelForCausalLM.from_pretrained(r["adapter"]).named_parameters()]
+    assert any("magnitude" in n for n in names) == (method == "dora")
+
+
 @pytest.mark.parametrize("stop_at", [2, 4, 6])
 def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
     whole = go(store=str(tmp_path / "undisturbed"))
@@ -165,7 +177,7 @@ def test_messages_and_parquet_train_alike(go, tmp_path):
     "change, says",
     [
         ({"task": "dpo"}, "task='dpo'"),
-        ({"method": "dora"}, "method='dora'"),
+        ({"method": "adalora"}, "method='adalora'"),
         ({"target_modules": "q_proj,c_attn"}, "no c_attn; its linear modules are down_proj, gate_proj, k_proj"),
         ({"eval_steps": 7}, "eval_steps=7 never fires: there are 6 steps"),
         ({"max_length": 513}, "beyond the model's 512 positions"),

@@ -12,7 +12,7 @@ from ..gates import read_gates
 from ..recipe import begin
 from ..runtime import Refused
 
-# %% ../../nbs/stations/2_train.ipynb #58605955
+# %% ../../nbs/stations/2_train.ipynb #0c882377
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -31,7 +31,7 @@ def train(
     feature_weight:float=.5, # classify: weight of the loss of what the features say alone
     rewards:str='exact',   # grpo: what marks an answer: exact, format, length or module:function, with weights as in exact, format=0.2
     generations:int=4,     # grpo: answers to each prompt, which are compared with each other
-    method:str='',         # 'qlora' (frozen weights in 4 bits) or 'lora'; '' for qlora, and lora for classify
+    method:str='',         # 'qlora' (frozen weights in 4 bits), 'lora', 'rslora' or 'dora'; '' for qlora, and lora for classify
     epochs:int=1,          # Times through the rows, when max_steps is 0
     max_steps:int=50,      # Optimizer steps; 0 to go by epochs
     learning_rate:float=1e-3, # At its highest; falls on a cosine
