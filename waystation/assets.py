@@ -77,10 +77,10 @@ def _banking(out:Path) -> None:
     _jsonl(out/'train.jsonl', train)
     _jsonl(out/'eval.jsonl', held_out)
 
-# %% ../nbs/08_assets.ipynb #a17b9a15
+# %% ../nbs/08_assets.ipynb #c5699b32
 def _arithmetic(out:Path) -> None:
     "train.jsonl, eval.jsonl"
-    pairs = random.Random(0).sample([(a, b) for a in range(10, 100) for b in range(10, 100)], 460)
+    pairs = random.Random(0).sample([(a, b) for a in range(1, 31) for b in range(1, 31)], 460)
     system = 'Answer with the number alone.'
     def asked(a, b): return [dict(role='system', content=system), dict(role='user', content=f'What is {a} + {b}?')]
     rows = [dict(prompt=asked(a, b), completion=str(a + b), answer=str(a + b)) for a, b in pairs]
