@@ -37,6 +37,14 @@ def test_the_guide_on_padding_shows_what_was_measured():
     assert shown.strip() == b.tables(json.loads(b.RESULT.read_text())).strip(), "run `python benchmarks/embed.py --table`, which writes it, and `make build`"
 
 
+def test_the_guide_on_tables_shows_what_was_measured():
+    b = bench("export")
+    shown, told = b.GUIDE.read_text(), b.tables(json.loads(b.RESULT.read_text()))
+    assert set(told) == set(b.PARTS)
+    for part, text in told.items():
+        assert shown.split(b.begin(part))[1].split(b.END)[0].strip() == text.strip(), "run `python benchmarks/export.py --table` and `make build`"
+
+
 def test_ways_to_embed_that_were_compared_computed_the_same():
     for s in json.loads(bench("embed").RESULT.read_text())["sets"].values():
         for name, way in s["ways"].items():

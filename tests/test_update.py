@@ -85,7 +85,7 @@ def test_new_changed_and_vanished_rows(bench):
     # two new rows in front, so that every row moves into another place; one mended, two gone
     now = {"new": dna(99, 1), "too": dna(98, 1)} | {k: v for k, v in ROWS.items() if k not in ("s3", "s16")} | {"s7": dna(109, 2)}
     bench.write(now, n=1)
-    with pytest.raises(Refused, match="pass --update to embed only"):
+    with pytest.raises(Refused, match="pass --update to do only what"):
         bench()
     report = bench(update=True)
     assert counts(report) == [14, 3, 1, 2] and sum(bench.given) == 3
@@ -259,7 +259,7 @@ def test_the_table_has_what_the_source_has(bench):
     first = export(run="u", store=bench.args["store"])
     bench.write({k: v for k, v in ROWS.items() if k != "s5"} | {"s6": dna(60, 5), "late": dna(61, 5)})
     report = bench(update=True)
-    second = export(run="u", store=bench.args["store"], restart=True)
+    second = export(run="u", store=bench.args["store"], update=True)
     assert (first["rows"], second["rows"]) == (17, 17)
     table = lance.dataset(second["table"]).to_table()
     assert set(table["id"].to_pylist()) == {*ROWS, "late"} - {"s5"}
