@@ -34,6 +34,43 @@ def cli(env, tmp_path):
     return run
 
 
+@pytest.fixture
+def run(capsys):
+    "`waystation …` in this process: its JSON, or with `code=2` the sentence that refused."
+    from waystation.cli import main
+
+    def go(*args, code=0):
+        got = main([*map(str, args), "--json"])
+        out, err = capsys.readouterr()
+        assert got == code, err
+        said = json.loads(out)
+        if code:
+            assert "\n" not in said["message"] and "Traceback" not in err
+        return said["message"] if code else said
+
+    return go
+
+
+@pytest.fixture
+def power_goes():
+    "`power_goes(number, go)`: run `go`, in which the power goes right after the seal of that checkpoint."
+    from waystation.recipe import Job
+
+    def cut_short(number, go):
+        def cut(self, folder, kind, n=None, meta=None):
+            name = real(self, folder, kind, n, meta)
+            if (kind, n) == ("checkpoints", number):
+                raise KeyboardInterrupt
+            return name
+
+        real = Job.seal
+        with pytest.MonkeyPatch.context() as m, pytest.raises(KeyboardInterrupt):
+            m.setattr(Job, "seal", cut)
+            go()
+
+    return cut_short
+
+
 @pytest.fixture(scope="session")
 def server():
     """`server("gcs")`: one of servers.ALL, started at its first use and shared until the tests end; use names of your own in it.

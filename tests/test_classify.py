@@ -161,22 +161,9 @@ def test_a_protein_model(go, tmp_path):
 
 
 @pytest.mark.parametrize("stop_at, features", [(2, "depth"), (6, "")])
-def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at, features):
+def test_a_kill_changes_nothing(go, tmp_path, power_goes, stop_at, features):
     whole = go(store=str(tmp_path / "undisturbed"), features=features)
-    from waystation.recipe import Job
-
-    seal = Job.seal
-
-    def cut(self, folder, kind, number=None, meta=None):
-        name = seal(self, folder, kind, number, meta)
-        if kind == "checkpoints" and number == stop_at:
-            raise KeyboardInterrupt  # the power goes, right after a seal
-        return name
-
-    monkeypatch.setattr(Job, "seal", cut)
-    with pytest.raises(KeyboardInterrupt):
-        go(features=features)
-    monkeypatch.setattr(Job, "seal", seal)
+    power_goes(stop_at, lambda: go(features=features))
     resumed = go(features=features)
     assert resumed["resumed_from"] == stop_at
     for key in ("adapter_sha256", "labels_sha256", "loss", "evals", "metrics", "eval_loss", "samples"):

@@ -1,6 +1,5 @@
 """`waystation classify`, `near` and `cluster`: known answers on made data, and tables and questions that could break them."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -10,7 +9,6 @@ import pytest
 
 pytest.importorskip("lance")
 
-from waystation import cli
 from waystation.runtime import Refused
 from waystation.vectors import kin
 from waystation.vectors.table import build_table, complete, open_table
@@ -42,22 +40,6 @@ def made(tmp_path_factory):
     columns = {"kind of": kinds, "number": [i // 12 for i in range(240)], "nothing": pa.nulls(240, pa.string()), "once": [f"o{i}" for i in range(240)],
                "x": [0] * 240, "text": [f"row of {'river water' if i < 120 else 'stone mountain'}" for i in range(240)]}
     return make(tmp_path_factory.mktemp("kin") / "t", around(KINDS[:20], 12), **columns)
-
-
-@pytest.fixture
-def run(capsys):
-    "`waystation …` in this process: its JSON, or with `code=2` the sentence that refused."
-
-    def go(*args, code=0):
-        got = cli.main([*map(str, args), "--json"])
-        out, err = capsys.readouterr()
-        assert got == code, err
-        said = json.loads(out)
-        if code:
-            assert "\n" not in said["message"] and "Traceback" not in err
-        return said["message"] if code else said
-
-    return go
 
 
 def saved(path: Path, vectors: np.ndarray) -> Path:

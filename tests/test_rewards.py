@@ -6,7 +6,6 @@ import sys
 import pytest
 
 from test_train import model, rows  # noqa: F401
-from waystation.recipe import Job
 from waystation.runtime import Refused
 from waystation.stations.train import train
 
@@ -22,21 +21,11 @@ def go(model, tmp_path, monkeypatch):  # noqa: F811
 
 
 @pytest.mark.parametrize("stop_at", [1])
-def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
+def test_a_kill_changes_nothing(go, tmp_path, power_goes, stop_at):
     whole = go(store=str(tmp_path / "undisturbed"))
     assert [s for s, _ in whole["reward"]] == [1, 2, 3, 4] and [s for s, _ in whole["evals"]] == [2, 4]
     assert all(0 <= r <= 1.5 for _, r in whole["reward"]) and any(r for _, r in whole["reward"])
-    real = Job.seal
-
-    def cut(self, folder, kind, number=None, meta=None):
-        name = real(self, folder, kind, number, meta)
-        if kind == "checkpoints" and number == stop_at:
-            raise KeyboardInterrupt  # the power goes, right after a seal
-        return name
-    monkeypatch.setattr(Job, "seal", cut)
-    with pytest.raises(KeyboardInterrupt):
-        go()
-    monkeypatch.setattr(Job, "seal", real)
+    power_goes(stop_at, go)
     resumed = go()
     assert resumed["resumed_from"] == stop_at
     for key in ("adapter_sha256", "reward", "loss", "evals", "metrics", "eval_loss", "samples"):
@@ -44,8 +33,7 @@ def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
 
 
 def test_marks_of_your_own_are_learnt_from(go, tmp_path, monkeypatch):
-    (tmp_path / "mymarks.py").write_text("def few_zs(completions, **columns):\n    return [-c[0]['content'].lower().count('z') for c in completions]\n"
-                                         "def broken(completions, **columns):\n    return [float('nan')] * len(completions)\n")
+    (tmp_path / "mymarks.py").write_text("def few_zs(completions, **columns):\n    return [-c[0]['content'].lower().count('z') for c in completions]\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     r = go(rewards="mymarks:few_zs, length=0", max_steps=1, eval_steps=0)
     assert r["reward"][0][1] <= 0 and json.loads((tmp_path / "store/seals/models/g/v1.json").read_text())

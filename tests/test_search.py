@@ -80,22 +80,6 @@ def sealed(made, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def run(capsys):
-    "`waystation …` in this process: its JSON, or with `code=2` the sentence that refused."
-
-    def go(*args, code=0):
-        got = cli.main([*map(str, args), "--json"])
-        out, err = capsys.readouterr()
-        assert got == code, err
-        said = json.loads(out)
-        if code:
-            assert "\n" not in said["message"] and "Traceback" not in err
-        return said["message"] if code else said
-
-    return go
-
-
-@pytest.fixture
 def question(tmp_path):
     np.save(tmp_path / "q.npy", VECTORS[7] + RNG.normal(size=DIM).astype(np.float32) / 10)
     return tmp_path / "q.npy"

@@ -98,22 +98,9 @@ def test_methods_by_name(go, method, flag):
 
 
 @pytest.mark.parametrize("stop_at", [2, 4, 6])
-def test_a_kill_changes_nothing(go, tmp_path, monkeypatch, stop_at):
+def test_a_kill_changes_nothing(go, tmp_path, power_goes, stop_at):
     whole = go(store=str(tmp_path / "undisturbed"))
-    from waystation.recipe import Job
-
-    seal = Job.seal
-
-    def cut(self, folder, kind, number=None, meta=None):
-        name = seal(self, folder, kind, number, meta)
-        if kind == "checkpoints" and number == stop_at:
-            raise KeyboardInterrupt  # the power goes, right after a seal
-        return name
-
-    monkeypatch.setattr(Job, "seal", cut)
-    with pytest.raises(KeyboardInterrupt):
-        go()
-    monkeypatch.setattr(Job, "seal", seal)
+    power_goes(stop_at, go)
     resumed = go()
     assert resumed["resumed_from"] == stop_at
     for key in ("adapter_sha256", "loss", "evals", "metrics", "eval_loss", "samples"):
