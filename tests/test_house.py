@@ -570,6 +570,25 @@ def test_a_bucket(ours, tmp_path):
         unpack(f"{url}.tar.zst", Store(tmp_path / "theirs"))
 
 
+def test_a_table_in_s3_opens_where_it_lies(ours, server, tmp_path):
+    "Plain files under their own names: a bucket with a copy is a table for Lance, and a copy to import for everyone else."
+    import lance
+
+    seal, folder = ours
+    s3 = server("s3")
+    with s3.environ():
+        url = f"{s3.url}/{tmp_path.name}"
+        assert pack(seal, folder, url)["copied"] == len(seal.files) + 1
+        there = lance.dataset(f"{url}/table.lance", version="complete",
+                              storage_options={"aws_endpoint": s3.endpoint, "allow_http": "true", "aws_access_key_id": "testing", "aws_secret_access_key": "testing",
+                                               "aws_region": "us-east-1"})
+        here = lance.dataset(str(folder / "table.lance"), version="complete")
+        assert there.to_table() == here.to_table()
+        near = dict(column="vector", q=np.asarray(here.take([7], columns=["vector"])["vector"][0].as_py(), np.float32), k=5)
+        assert there.to_table(columns=["id"], nearest=near)["id"].to_pylist() == here.to_table(columns=["id"], nearest=near)["id"].to_pylist()
+        assert unpack(url, Store(tmp_path / "theirs"))["seal"] == "vectors/notes/v1"
+
+
 def test_rclone_finds_the_copy_and_the_synced_table_equal(ours, server, tmp_path):
     seal, folder = ours
     remote = server("rclone_remote")
