@@ -11,7 +11,7 @@ from waystation.cli import main
 from waystation.runtime import Refused
 from waystation.stations.train import train
 from waystation.store import Store
-from waystation.training.chat import read_rows
+from waystation.training.chat import code_rows, read_rows
 from waystation.training.report import base_of, calibrate, known_pairs, overlap, report_answers, unanswerable
 
 
@@ -117,7 +117,7 @@ def test_row_losses_do_not_depend_on_their_company(trained):
     tmp, _ = trained
     tok = AutoTokenizer.from_pretrained(tmp / "model")
     model = AutoModelForCausalLM.from_pretrained(tmp / "model").eval()
-    data = encode(read_rows(tmp / "rows.jsonl")[:10], tok, 128)[0]
+    data = encode(code_rows(read_rows(tmp / "rows.jsonl")[:10], tok), 128)[0]
     sums, counts = row_losses(model, data, 1)
     for i in (0, 9):
         ids = torch.tensor([data[i]["input_ids"]])

@@ -154,7 +154,7 @@ def test_auto_measures_once_and_a_resumed_run_keeps_its_engine(tmp_path, monkeyp
     source, rng = tmp_path / "rows.parquet", np.random.default_rng(0)
     pq.write_table(pa.table(dict(id=[str(i) for i in range(90)], sequence=[dna(int(n)) for n in rng.integers(6, 900, 90)])), source)
     params = dict(run="auto", store=str(tmp_path / "store"), source=str(source), **{**SMALL, "shard_rows": 30})
-    rates = iter([dict(jax=2000.0, torch=1000.0), dict(jax=1.0, torch=2.0)])
+    rates = iter([dict(jax=2000.0, torch=1000.0, onednn=900.0), dict(jax=1.0, torch=2.0, onednn=1.0)])
     monkeypatch.setattr(choice, "measure", lambda *a, **k: next(rates))
     go_on = stop_after(monkeypatch, 1)
     with pytest.raises(OSError):
@@ -162,7 +162,7 @@ def test_auto_measures_once_and_a_resumed_run_keeps_its_engine(tmp_path, monkeyp
     go_on()
     report = embed(**params)
     assert (report["engine"], report["shards_found"], report["shards_computed"]) == ("jax", 1, 2)
-    assert report["engine_why"] == "tokens a CPU second on the first 90 rows: jax 2,000, torch 1,000"
+    assert report["engine_why"] == "tokens a CPU second on the first 90 rows: jax 2,000, torch 1,000, onednn 900"
     assert report["engine_why"] in capsys.readouterr().err
     assert next(rates)["torch"] == 2.0, "the resumed run measured again"
 

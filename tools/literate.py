@@ -85,7 +85,7 @@ def readme(index: nbformat.NotebookNode) -> str:
     "README.md: the prose of nbs/index.ipynb, and a line that says so."
     prose = [c.source for c in index.cells if c.cell_type == "markdown"]
     # On the site these stand beside the page, in the repository one folder down.
-    prose = [re.sub(r"\]\((images|stations|guides)/", r"](nbs/\1/", text) for text in prose]
+    prose = [re.sub(r"\]\((images|stations|guides|training|embedding|vectors)/", r"](nbs/\1/", text) for text in prose]
     return "\n\n".join(["<!-- Generated from nbs/index.ipynb by `make build`: edit lit/index.md -->", *prose]) + "\n"
 
 
