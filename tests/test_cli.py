@@ -8,7 +8,27 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from waystation.cli import main
 from waystation.store import Store
+
+
+@pytest.fixture
+def cli(env, tmp_path, monkeypatch, capsys):
+    "As the fixture of the same name, in this process: each of these commands would else import torch or jax anew."
+
+    def run(*args, code=0, **changes):
+        for name, value in (env | changes).items():
+            monkeypatch.setenv(name, value)
+        monkeypatch.chdir(tmp_path)
+        try:
+            got = main([*map(str, args)])
+        except SystemExit as e:  # argparse
+            got = e.code or 0
+        out, err = capsys.readouterr()
+        assert got == code, f"exit {got}\n{out}\n{err[-4000:]}"
+        return json.loads(out) if "--json" in args else err if code else out
+
+    return run
 
 
 @pytest.fixture
