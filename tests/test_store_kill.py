@@ -14,7 +14,7 @@ import time
 from collections import Counter
 
 import pytest
-from proving import Clock, note, serving, size
+from proving import PROVE, Clock, note, serving, size
 from proxy import proxy
 
 from waystation.store import Store
@@ -138,7 +138,8 @@ def test_kill_at_a_random_moment(kind, server, tmp_path):
                    phases={p: hits[p] for p in (*PHASES, *sorted(set(hits) - set(PHASES)))}, seconds=clock.seconds)
     print(figures)
     note("kill -9 at a random moment", kind, **figures)
-    assert again and len(hits) >= 2, f"the kills fell into {dict(hits)}: they prove little"
+    # Of eight kills all may fall into the longest phase, of sixty not.
+    assert again and visible and len(hits) >= (2 if PROVE else 1), f"the kills fell into {dict(hits)}: they prove little"
 
 
 RACER = """
