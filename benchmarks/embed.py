@@ -260,7 +260,7 @@ def tables(result: dict) -> str:
     for name, s in result["sets"].items():
         a = s["about"]
         out += [f"**{said[name].capitalize() if name != '16S' else said[name]}**: {a['texts']} texts, {a['tokens']:,} tokens, median {a['median']}, "
-                f"longest {a['longest']} of at most {a['limit']}.", "",
+                f"longest {a['longest']} of at most {a['limit']}; {s['peak']['n']} rounds.", "",
                 f"| | CPU s | wall s | speed beside {s['oracle']} | share of peak | 1 - cosine |", "|---|---|---|---|---|---|"]
         for way, w in s["ways"].items():
             bold = "**" if way in (FLAT, DNN) else ""
@@ -268,12 +268,12 @@ def tables(result: dict) -> str:
                        f"({w['speed']['min']:.2f} to {w['speed']['max']:.2f}) | {w['share']['median']:.0%} | {max(1 - w['cosine'], 1e-7):.0e} |")
         out += [f"| {way} | - | - | - | - | not measured: {why} |" for way, why in s["absent"].items()]
         out += ["", f"Padding to the limit computes {a['padding']:.2f} times the tokens; it takes {s['saved']['median']:.2f} times as long as the flat engine "
-                f"({s['saved_of_padding']:.0%} of that). Reading, tokenising and sealing add {s['overhead']['median']:.1%} to the bare forward pass, and "
+                f"({s['saved_of_padding']:.0%} of that). Reading, tokenising and sealing add {s['overhead']['median']:.1%} ({s['overhead']['min']:.1%} to {s['overhead']['max']:.1%}) to the bare forward pass, and "
                 + "the whole station takes " + ", ".join(f"{g['median']*1000:.0f}" for _, g in s["growth"]) + " CPU ms for 1,000 tokens of "
                 + ", ".join(f"{n:,}" for n, _ in s["growth"]) + " texts. "
                 f"The matrix multiply of this machine reached {s['peak']['median']:.0f} GFLOP a CPU second ({s['peak']['min']:.0f} to {s['peak']['max']:.0f}).", ""]
     v = result["versions"]
-    return "\n".join([*out, f"Taken {result['date']} on one thread of {result['machine']}, {s['peak']['n']} rounds; "
+    return "\n".join([*out, f"Taken {result['date']} on one thread of {result['machine']}; "
                       + ", ".join(f"{k} {x}" for k, x in v.items()) + "."]) + "\n"
 
 
