@@ -268,7 +268,8 @@ def tables(result: dict) -> str:
                        f"({w['speed']['min']:.2f} to {w['speed']['max']:.2f}) | {w['share']['median']:.0%} | {max(1 - w['cosine'], 1e-7):.0e} |")
         out += [f"| {way} | - | - | - | - | not measured: {why} |" for way, why in s["absent"].items()]
         out += ["", f"Padding to the limit computes {a['padding']:.2f} times the tokens; it takes {s['saved']['median']:.2f} times as long as the flat engine "
-                f"({s['saved_of_padding']:.0%} of that). Reading, tokenising and sealing add {s['overhead']['median']:.1%} ({s['overhead']['min']:.1%} to {s['overhead']['max']:.1%}) to the bare forward pass, and "
+                f"({s['saved_of_padding']:.0%} of that). Reading, tokenising and sealing add {s['overhead']['median']:.1%} "
+                f"({s['overhead']['min']:.1%} to {s['overhead']['max']:.1%}) to the bare forward pass, and "
                 + "the whole station takes " + ", ".join(f"{g['median']*1000:.0f}" for _, g in s["growth"]) + " CPU ms for 1,000 tokens of "
                 + ", ".join(f"{n:,}" for n, _ in s["growth"]) + " texts. "
                 f"The matrix multiply of this machine reached {s['peak']['median']:.0f} GFLOP a CPU second ({s['peak']['min']:.0f} to {s['peak']['max']:.0f}).", ""]
