@@ -167,8 +167,9 @@ def test_auto_measures_once_and_a_resumed_run_keeps_its_engine(tmp_path, monkeyp
     assert next(rates)["torch"] == 2.0, "the resumed run measured again"
 
 
-def test_torch_goes_on_bit_for_bit(sequences, tmp_path, monkeypatch):  # noqa: F811
-    params = dict(source=str(sequences), engine="torch", **SMALL)
+@pytest.mark.parametrize("engine", ["torch", "onednn"])
+def test_it_goes_on_bit_for_bit(sequences, tmp_path, monkeypatch, engine):  # noqa: F811
+    params = dict(source=str(sequences), engine=engine, **SMALL)
     want = sealed(embed(run="calm", store=str(tmp_path / "calm"), **params))
     go_on = stop_after(monkeypatch, 2)
     with pytest.raises(OSError):
