@@ -11,7 +11,7 @@ Each way runs in a process of its own on one core. `cpu` is its CPU time without
 
 The vectors of `write`, `growth` and `checkpoint` are made up (normal numbers): what is in them changes nothing there. Those of `search`
 and `storage` are real: MiniLM on windows of 5 to 20 words of 598 banking documents; the 1,000 questions are windows of the 100 documents
-that were held out whole, so that none is stored. The million rows of `search` are those vectors with noise, which is synthetic.
+that were held out whole, so that none is stored. The million rows of `search` are windows of 16S genes, by their 6-mers; its questions are of other genes.
 """
 
 import argparse
@@ -363,26 +363,43 @@ WAYS = [w for w in SEARCHES if w != "exact"]
 SIZES, ASKED = (10_000, 100_000, 1_000_000), 100
 
 
-def with_noise(vectors, to: Path, n: int):
-    "More vectors than there are: each again, with noise of half its length. Synthetic."
+def genes(to: Path, n: int):
+    "Windows of 300 bases of 16S genes, as their 6-mer counts on 384 directions; questions are windows of genes that are left out, unless one is stored."
     import numpy as np
-    out, rng = np.lib.format.open_memmap(to, "w+", np.float32, (n, vectors.shape[1])), np.random.default_rng(0)
-    for a in range(0, n, len(vectors)):
-        x = vectors + rng.normal(size=vectors.shape).astype(np.float32) * np.float32(0.5 / vectors.shape[1] ** 0.5) if a else vectors
-        out[a:a + len(vectors)] = x / np.linalg.norm(x, axis=1, keepdims=True)
+    import pyarrow.parquet as pq
+    from kin import directions
+    from waystation.assets import resolve
+    from waystation.training.scoring import profile
+    texts = [t for t in pq.read_table(resolve("asset:16s", "source").path)["sequence"].to_pylist() if len(t) > 300]
+    aside, rows = texts[::50], [t for i, t in enumerate(texts) if i % 50]
+    each, rng = -(-n // len(rows)), random.Random(0)
+    rows = [t[a:a + 300] for t in rows for a in (int(k * (len(t) - 300) / each) for k in range(each))][:n]
+    rng.shuffle(rows)
+    asked = {t[a:a + 300]: None for t in aside for a in [rng.randrange(len(t) - 300)]}
+    turn = directions(np.stack([profile(t) for t in rows[:20_000]]), 384)
+
+    def vectors(texts):
+        x = np.stack([profile(t) for t in texts]) @ turn
+        return (x / np.linalg.norm(x, axis=1, keepdims=True)).astype(np.float32)
+
+    out = np.lib.format.open_memmap(to, "w+", np.float32, (n, 384))
+    for a in range(0, n, 10_000):
+        out[a:a + 10_000] = vectors(rows[a:a + 10_000])
     out.flush()
-    return out
+    stored = set(rows)
+    return out, vectors([t for t in asked if t not in stored])
 
 
 def search(rounds: int, python: str, sizes=SIZES) -> dict:
-    "Real vectors, questions that are not among them, every index at several settings."
+    "Vectors of real texts and genes, questions that are not among them, every index at several settings."
     import numpy as np
     out, kept = json.loads(RESULT.read_text()).get("search", {}) if RESULT.exists() else {}, real_vectors()
     for n in sizes:
         with tempfile.TemporaryDirectory() as tmp:
             vectors, queries = np.load(kept / "vectors.npy")[:n], np.load(kept / "queries.npy")[:ASKED]
             if n > len(vectors):
-                vectors = with_noise(vectors, Path(tmp) / "vectors.npy", n)
+                vectors, queries = genes(Path(tmp) / "vectors.npy", n)
+                queries = queries[:ASKED]
             else:
                 np.save(f"{tmp}/vectors.npy", vectors)
             np.save(f"{tmp}/queries.npy", queries)
@@ -474,7 +491,7 @@ def per_second(s: dict, of: str) -> float:
 def table_search(x: dict) -> list[str]:
     out = []
     for n, ways in x.items():
-        out += [f"**{n} vectors**" + (", the real ones with noise (synthetic):" if n == "1,000,000" else " of MiniLM, questions that are not among them:"), ""]
+        out += [f"**{n} vectors**" + (", windows of 16S genes by their 6-mers, questions of other genes:" if n == "1,000,000" else " of MiniLM, questions that are not among them:"), ""]
         body = []
         for way, found in ways.items():
             for k, s in enumerate(chosen(way, found)):

@@ -90,6 +90,7 @@ def test_journey(place, tmp_path):
         questions=str(tmp_path / "q.jsonl"),
         ask="about 1 | about 2",
         color="größe",
+        filters="title, größe",
     )
     report = export(**how)
 
@@ -100,7 +101,7 @@ def test_journey(place, tmp_path):
     assert {"id", "vector", "größe", "title"} <= set(ds.schema.names)
     titles = ds.to_table(columns=["doc_id", "title"]).to_pylist()
     assert all(r["title"] == (None if r["doc_id"] == "dök_249" else "On " + r["doc_id"][4:]) for r in titles)
-    assert {i.name for i in ds.describe_indices()} == {"vector_idx", "text_idx", "größe_idx"}
+    assert {i.name for i in ds.describe_indices()} == {"vector_idx", "text_idx", "größe_idx", "title_idx"}
     assert card(ds)["metric"] == "cosine" and card(ds)["quarantined"] == {"empty text": 3} and report["quarantined"] == 3
 
     assert report["index_recall"]["n"] == 2 and report["index_recall"]["recall"] >= 0.95
@@ -169,7 +170,7 @@ BAD = [
     ([OK], dict(index="faiss"), "index='faiss' is unknown; it is one of auto, none"),
     ([OK], dict(metric="manhattan"), "one of cosine, l2, dot"),
     ([OK], dict(index="ivf_pq"), "on 3 rows; it learns its codes from at least 256"),
-    ([OK], dict(color="genus"), "color='genus' is no column of the table; it has id, doc_id, text, größe"),
+    ([OK], dict(color="genus"), "column='genus' is no column of the table; it has id, doc_id, text, größe"),
     ([OK], dict(color="vector"), "is no column"),
     ([OK], dict(table="a b"), "name 'a b'"),
     ([OK], dict(table="a/b"), "slash"),

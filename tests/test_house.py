@@ -49,7 +49,7 @@ def build(folder: Path, n: int, seed: int) -> dict:
     cols = dict(id=[f"ä{i}" for i in range(n)], text=[f"a note on {i}" for i in range(n)], kind=[f"k{i % 3}" for i in range(n)])
     (folder / "shard").mkdir(parents=True)
     pq.write_table(pa.table(cols | dict(vector=pa.FixedSizeListArray.from_arrays(pa.array(v.ravel()), 16))), folder / "shard/vectors.parquet")
-    return build_table([("0", folder / "shard")], folder / "made/table.lance", index="ivf_rq", color="kind",
+    return build_table([("0", folder / "shard")], folder / "made/table.lance", index="ivf_rq", filters=["kind"],
                        about=dict(model="asset:axes", model_fingerprint="f1"))
 
 

@@ -130,7 +130,7 @@ def test_a_kill_after_any_shard_costs_that_shard(tmp_path, monkeypatch):
     shards = [(f"s{k}", shard(tmp_path / f"s{k}", some(10 * k, 10 * k + 10), aside=["no tokens"])) for k in range(4)]
     pq.write_table(pa.table(dict(id=[f"ä'{i}" for i in range(60)], year=range(60))), tmp_path / "meta.parquet")
     whole, torn = tmp_path / "whole/table.lance", tmp_path / "torn/table.lance"
-    build_table(shards, whole, metadata=tmp_path / "meta.parquet", index="ivf_rq", color="year")
+    build_table(shards, whole, metadata=tmp_path / "meta.parquet", index="ivf_rq", filters=["year"])
     read = []
 
     def until(n):
@@ -151,10 +151,10 @@ def test_a_kill_after_any_shard_costs_that_shard(tmp_path, monkeypatch):
         with monkeypatch.context() as m:
             m.setattr(tables, name, lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
             with pytest.raises(KeyboardInterrupt):
-                build_table(until(9), torn, metadata=tmp_path / "meta.parquet", index="ivf_rq", color="year")
+                build_table(until(9), torn, metadata=tmp_path / "meta.parquet", index="ivf_rq", filters=["year"])
         with pytest.raises(Refused, match="never finished"):
             open_table(torn)
-    build_table(until(9), torn, metadata=tmp_path / "meta.parquet", index="ivf_rq", color="year")
+    build_table(until(9), torn, metadata=tmp_path / "meta.parquet", index="ivf_rq", filters=["year"])
     assert read == ["s0", "s1", "s2", "s3"] and rows_of(torn) == rows_of(whole)
     assert card(open_table(torn))["quarantined"] == {"no tokens": 4} and written(torn) is None
     assert {i.name for i in open_table(torn).describe_indices()} == {i.name for i in open_table(whole).describe_indices()}
@@ -279,7 +279,7 @@ def test_hostile_columns(tmp_path):
     more = COLUMNS | {f"column {i}": pa.array([i, None, -i]) for i in range(500)}
     rows = {"a'; DROP TABLE t": "x", "🦠": "y", "c": "z"}
     folder = shard(tmp_path / "s", rows, **more)
-    made = build_table([("s", folder)], tmp_path / "table.lance", color="🦠 größe\n")
+    made = build_table([("s", folder)], tmp_path / "table.lance", filters=["🦠 größe\n"])
     ds, want = open_table(tmp_path / "table.lance"), pq.read_table(folder / "vectors.parquet")
     got = ds.to_table().select(want.schema.names)
     for name in want.schema.names:

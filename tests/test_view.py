@@ -398,12 +398,14 @@ def test_in_a_browser(folder, view, tmp_path):
             await p.js("document.querySelector('#where').focus()")
             await p.type("depth < 0")
             await p.until(f"{status} == 'No row fits these filters.' && {rows} == 0")
+            narrow = "document.documentElement.scrollWidth == 390"  # a phone need not scroll sideways
             await p.size(390, 800)
-            await p.until("document.documentElement.scrollWidth == 390", 10)  # a phone need not scroll sideways
+            await p.until(narrow, 10)
             shutil.rmtree(tmp_path / "t")
             await p.js("document.querySelector('#where').select()")
             await p.type("depth < 50")
             await p.until("document.querySelector('#trouble').innerText.includes('cannot be read')")
+            await p.until(narrow, 10)  # the path of a lost file is one long word
             return p
 
     with served(app) as url:

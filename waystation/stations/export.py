@@ -122,7 +122,7 @@ def send(
         def tick(done:int, total:int): bar.total = total; bar.update(done)
         return dict(copy=pack(seal, local_copy(job.store, name), to, fat32, model, tick))
 
-# %% ../../nbs/stations/4_export.ipynb #366c9919
+# %% ../../nbs/stations/4_export.ipynb #6ee8214f
 def export(
     run:str='demo',         # Name of the journey; the same name goes on where it stopped
     store:str='',           # Folder of the store; '' for the one in settings.ini
@@ -140,6 +140,7 @@ def export(
     questions:str='',       # JSON lines of {id, query, relevant}: measures retrieval; '' for none
     ask:str='',             # Questions to answer, separated by ' | '
     color:str='',           # Column that colours the map and gets an index to filter by
+    filters:str='',         # More columns with such an index, as depth,genus; others can be filtered by too, more slowly
     to:str='',              # Where a copy for another machine goes: a folder, a FILE.tar.zst, gs:, s3:, rclone: …; '' for none
     fat32:bool=False,       # Make the copy fit a FAT32 stick: files of 4 GB go in parts
     with_model:bool=False,  # Put what encodes questions into the copy
@@ -158,11 +159,12 @@ def export(
         table = table or (run if step == 'export' else f'{run}-{step}')
         name, tasks = f'vectors/{table}/v{job.attempt}', read_questions(job.inputs['questions'].path) if questions else []
         asked = [q.strip() for q in ask.split('|') if q.strip()]
+        wanted = list(dict.fromkeys(c for c in [color, *(f.strip() for f in filters.split(','))] if c))
         about = job.shards.report if job.shards else {}
         encode = encoder(about, maker(about, job.store)) if asked or tasks else None  # first: a missing model should be found before the build
         if with_model: maker(about, job.store)
         with progress(len(job.shards.names if job.shards else []) + 3, 'export', 'step') as bar:
-            if not job.store.has(name): build(job, name, dict(index=index, metric=metric, color=color, storage=storage), bar)
+            if not job.store.has(name): build(job, name, dict(index=index, metric=metric, filters=wanted, storage=storage), bar)
             made = job.store.read(name).meta
             if {k: made.get(k) for k in owner(job)} != owner(job):
                 raise Refused(f"table {name!r} was made by run {made['run']!r}, step {made.get('step')!r}; one name belongs to one step: choose another table")

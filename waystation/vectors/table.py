@@ -372,14 +372,14 @@ def begin_from(
     _commit(part, [], base=True, shards=stay, aside=aside)
     os.replace(part, to)
 
-# %% ../../nbs/vectors/30_table.ipynb #e11de0cc
+# %% ../../nbs/vectors/30_table.ipynb #74cf46c0
 def build_table(
     shards:Iterable[tuple[str,Path]], # Names and folders
     to:Path,                 # Scratch; what an earlier try of the same build left there is gone on with
     index:str='auto',        # One of INDEXES
     metric:str='cosine',     # One of METRICS
     metadata:Path|None=None, # Parquet to join
-    color:str='',            # Column that colours maps and filters searches: it gets a scalar index
+    filters:Iterable[str]=(), # Columns that get a scalar index
     about:dict|None=None,    # What the card says of the vectors' making
     storage:str='',          # One of STORAGE
 ) -> dict:                   # The card
@@ -389,10 +389,10 @@ def build_table(
             ds, counts = write_table(shards, to, storage)
             check_unique(ds)
             joined = join(ds, metadata) if metadata else {}
-            if color: check_column(ds, 'color', color)
-            filters = {color: index_column(ds, color)} if color else {}
+            for c in filters: check_column(ds, 'column', c)  # all, before any is built
+            scalar = {c: index_column(ds, c) for c in filters}
             built = index_vectors(ds, index, metric)
-            found = dict(metric=metric, index=built, text_index=index_text(ds), filters=filters, joined=joined)
+            found = dict(metric=metric, index=built, text_index=index_text(ds), filters=scalar, joined=joined)
             complete(ds, {**(about or {}), **counts, **found})
         ds = open_table(to)
         ds.cleanup_old_versions(timedelta(0), delete_unverified=True)  # unverified: left by a kill, and nobody else writes here
