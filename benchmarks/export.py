@@ -491,7 +491,8 @@ def per_second(s: dict, of: str) -> float:
 def table_search(x: dict) -> list[str]:
     out = []
     for n, ways in x.items():
-        out += [f"**{n} vectors**" + (", windows of 16S genes by their 6-mers, questions of other genes:" if n == "1,000,000" else " of MiniLM, questions that are not among them:"), ""]
+        what = ", windows of 16S genes by their 6-mers, questions of other genes:" if n == "1,000,000" else " of MiniLM, questions that are not among them:"
+        out += [f"**{n} vectors**" + what, ""]
         body = []
         for way, found in ways.items():
             for k, s in enumerate(chosen(way, found)):

@@ -338,7 +338,7 @@ def _mark(app, view:View) -> None: # What the map does
     figure = Output('map', 'figure', allow_duplicate=True)
     app.callback(figure, Output('legend', 'children'), Input('color', 'value'), prevent_initial_call='initial_duplicate')(color)
 
-# %% ../../nbs/vectors/35_view.ipynb #42eefae3
+# %% ../../nbs/vectors/35_view.ipynb #887fe159
 FRAME = """
 :root { --back: #f7f7f5; --paper: #fff; --ink: #1f2328; --weak: #667077; --line: #dfe2e5; --accent: #1f7a70; --tint: #e8f3f1; --bad: #a4161a;
   color-scheme: light; }
@@ -363,7 +363,8 @@ button { font: inherit; cursor: pointer; }
 .range label { flex: 1; min-width: 0; display: flex; align-items: center; gap: .35rem; }
 .dash-stepper-increment, .dash-stepper-decrement { display: none; } .range .dash-input-container, .range input { width: 100%; min-width: 0; }
 .filter .dash-input-container { width: 100%; }
-#trouble:not(:empty) { background: var(--paper); border-left: 4px solid var(--bad); color: var(--bad); padding: .7rem 1rem; margin: .5rem 0; overflow-wrap: anywhere; }
+#trouble { overflow-wrap: anywhere; }
+#trouble:not(:empty) { background: var(--paper); border-left: 4px solid var(--bad); color: var(--bad); padding: .7rem 1rem; margin: .5rem 0; }
 main { display: grid; grid-template-columns: minmax(20rem, 5fr) 6fr; gap: 1.5rem; align-items: start; margin-top: .6rem; } section { min-width: 0; }
 .map { position: sticky; top: .8rem; background: var(--paper); border: 1px solid var(--line); border-radius: 8px; padding: .7rem .9rem; }
 
