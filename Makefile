@@ -24,7 +24,7 @@ check: env ## the quick ones: lit/ = nbs/ = waystation/, lint, types, tests that
 	$(BIN)/pytest -m "not slow" -n 2 --dist worksteal
 
 prove: env ## the promises in full length: kills, faults, races, sizes (an hour and more); its figures go to nbs/guides/prove.json
-	WAYSTATION_PROVE=1 $(BIN)/pytest tests/test_store_kill.py tests/test_store_faults.py tests/test_store_hostile.py tests/test_store_sizes.py tests/test_embed_kill.py tests/test_embed_sizes.py tests/test_table.py tests/test_house.py tests/test_view.py
+	WAYSTATION_PROVE=1 $(BIN)/pytest tests/test_store_kill.py tests/test_store_faults.py tests/test_store_hostile.py tests/test_store_sizes.py tests/test_embed_kill.py tests/test_embed_sizes.py tests/test_table.py tests/test_house.py tests/test_view.py tests/test_train_kill.py tests/test_training_device.py
 	cp runs/prove.json nbs/guides/prove.json
 
 build: env ## lit/ (edit here) -> nbs/ and waystation/ and README.md
@@ -36,10 +36,11 @@ site: env ## the documentation, from the notebooks' saved outputs, in _site/
 test-colab: env ## setup, embed and export on Python 3.13 with the versions of Colab's image
 	tools/test_colab.sh
 
-bench: env ## store, embedding and tables beside other ways (8, 20 and 30 minutes); writes their .json and the guides' tables
+bench: env ## store, embedding, tables and training beside other ways (8, 20, 30 and 60 minutes); writes their .json and the guides' tables
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/embed.py
 	$(BIN)/python benchmarks/export.py
+	$(BIN)/python benchmarks/train.py
 
 clean: ## remove what can be made again; runs/ stays
 	rm -rf _proc _site _docs dist .pytest_cache .mypy_cache .ruff_cache

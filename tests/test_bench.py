@@ -51,6 +51,17 @@ def test_ways_to_embed_that_were_compared_computed_the_same():
             assert way["cpu"]["n"] >= 3 and way["cosine"] >= (0.9999 if name.endswith("OpenVINO") else 0.99999)  # bfloat16 where the CPU has it
 
 
+def test_the_table_of_training_is_the_measured_one():
+    b = bench("train")
+    shown = b.GUIDE.read_text().split(b.BEGIN)[1].split(b.END)[0]
+    result = json.loads(b.RESULT.read_text())
+    assert shown.strip() == b.tables(result).strip(), "run `python benchmarks/train.py --table`, which writes it, and `make build`"
+    ours, others = result["ways"][b.OURS], {w: result["ways"][w] for w in (b.TRL, b.RECIPE)}
+    assert others[b.TRL]["slower"]["median"] >= 1.5 and others[b.RECIPE]["slower"]["median"] >= 2
+    assert all(ours["loss"] <= w["loss"] and ours["peak"]["max"] <= w["peak"]["max"] for w in others.values())
+
+
+
 @pytest.mark.slow
 def test_the_benchmarks_of_embedding_still_run():
     "In a fiftieth of their size: their own checks hold, and they follow the package."

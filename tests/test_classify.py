@@ -4,10 +4,8 @@ import hashlib
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -91,7 +89,9 @@ def test_result(go, tmp_path):
         assert hashlib.file_digest(f, "sha256").hexdigest() == r["labels_sha256"]
     labels = Labels.load(f"{r['adapter']}/labels.json")
     assert list(labels.levels.values()) == [2.0, 1.8, 0.8] and labels.names[:2] == [["K"], ["Pa", "Pb"]]
-    assert "nearest training row" in Path(r["adapter"], "README.md").read_text()
+    card, said = (Path(r["adapter"], n).read_text() for n in ("README.md", "waystation.json"))
+    assert "nearest training row" in card and json.loads(said)["frozen_weights"]["sha256"] in card
+    assert {"params", "metrics", "data_fingerprint", "versions"} <= json.loads(said).keys() and Path(r["adapter"], "lint.json").is_file()
 
     done = embed(run="t", store=str(tmp_path / "store"), source=str(tmp_path / "few.jsonl"), text="sequence", id="sequence", engine="torch",
                  model="store:models/t-encoder/current") if rows(tmp_path / "few.jsonl", 8) else {}  # fmt: skip
@@ -185,27 +185,6 @@ def test_features_beside_the_sequence(go, model, tmp_path):
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=sum(sizes))
     found = PeftModel.from_pretrained(base, r["adapter"]).eval()
     assert found(torch.arange(3, 23)[None]).logits.shape == (1, sum(sizes))
-
-
-@pytest.mark.slow
-def test_kill_9_and_the_same_command(few, go, env):
-    "A real process, killed between two checkpoints; the second one goes on from the first one's seals."
-    code = f"import sys; from waystation.stations.train import train; print(train(**{few | dict(max_steps=40)!r} | dict(run=sys.argv[1]))['adapter_sha256'])"
-
-    def start(run):
-        return subprocess.Popen([sys.executable, "-c", code, run], env=env | {"PYTHONHASHSEED": "random"}, stdout=subprocess.PIPE, text=True)
-
-    whole = go(run="whole", max_steps=40)["adapter_sha256"]
-    victim, store = start("victim"), Store(few["store"])
-    while len(store.list("runs/victim/train/1/checkpoints")) < 3:
-        assert victim.poll() is None, "it ended before it could be killed"
-        time.sleep(0.02)
-    os.kill(victim.pid, signal.SIGKILL)
-    victim.communicate()
-    assert not store.has("runs/victim/train/1/report")
-    again = start("victim").communicate(timeout=300)[0].splitlines()[-1]
-    assert store.read("runs/victim/train/1/report").meta["resumed_from"] >= 6
-    assert len(again) == 64 and again == whole
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ from waystation.store import Store
 
 pytestmark = pytest.mark.slow
 
-TRAIN = ["train", "--run", "k", "--max-steps", "8", "--seal-steps", "2", "--eval-steps", "0", "--batch-size", "2", "--eval-rows", "2", "--warmup-steps", "1"]
+TRAIN = ["train", "--run", "k", "--max-steps", "4", "--seal-steps", "1", "--eval-steps", "0", "--batch-size", "1", "--eval-rows", "1", "--warmup-steps", "1"]
 EMBED = ["embed", "--run", "k", "--limit", "160", "--shard-rows", "8", "--chunk-tokens", "200"]
 
 
@@ -34,13 +34,14 @@ def kill_after(args, env, cwd, kind, seals):
 
 
 def test_train_goes_on_bit_for_bit(cli, env, tmp_path):
+    "A real model, in processes of their own; tests/test_train_kill.py has a tiny one, at any moment."
     whole = cli(*TRAIN, "--json", WAYSTATION_STORE=str(tmp_path / "undisturbed"))
     found = kill_after(TRAIN, env, tmp_path, "checkpoints", 2)
     resumed = cli(*TRAIN, "--json")
     assert whole["resumed_from"] == 0
     assert resumed["resumed_from"] == int(found[-1].split("/")[-1]) > 0
     assert resumed["adapter_sha256"] == whole["adapter_sha256"]
-    assert resumed["loss"] == whole["loss"] and len(whole["loss"]) == 8
+    assert resumed["loss"] == whole["loss"] and len(whole["loss"]) == 4
     assert resumed["metrics"] == whole["metrics"]
 
 

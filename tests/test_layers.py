@@ -112,5 +112,6 @@ def test_help_answers_at_once():
         assert done.returncode == 0, done.stderr
         times.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
     assert min(times) < 0.5, f"waystation --help took {min(times):.2f} s of CPU time; look at python -X importtime -m waystation.cli --help"
-    for verb in ("setup", "train", "embed", "export", "run", "show", "search", "sql", "import", "view", "classify", "near", "cluster", "lint", "evaluate"):
+    verbs = "setup train embed export run show search sql import view classify near cluster lint evaluate chat merge"
+    for verb in verbs.split():
         assert verb in done.stdout

@@ -162,7 +162,7 @@ def test_rows_of_a_source_by_the_models_own_tokenizer(tmp_path):
 
 def test_an_earlier_run_says_what_a_chip_reaches(tmp_path, monkeypatch):
     monkeypatch.setenv("WAYSTATION_WANDB_MODE", "disabled")
-    monkeypatch.setattr(part, "_cpu_tflops", lambda: 10.0)
+    monkeypatch.setattr(part, "cpu_tflops", lambda: 10.0)
     monkeypatch.setattr(part, "ENOUGH", 0)
     url = str(tmp_path / "store")
     asked = dict(model="asset:kmer-random", rows=1000, chip="cpu", store=url)
@@ -225,7 +225,7 @@ def test_the_largest_batch_is_the_largest_or_said_to_be_more(tiny, monkeypatch):
     (dict(source="x.csv", chunk_tokens=20), "chunk_overlap=40 must be at least 0 and less than chunk_tokens=20"),
     (dict(max_tokens=1024), "table of 512 positions"),
     (dict(model="nt-2.5b", max_tokens=1002), "table of 1002 positions, the first at 2; use at most 1000"),
-    (dict(station="train"), "station='train' has no preflight"),
+    (dict(station="export"), "station='export' has no preflight"),
     (dict(tensor=2), "tensor=2 must divide the 1 devices of t4"),
     (dict(chip="v5e-8", tensor=8), "the model's 12 heads and its 1536 feed-forward numbers; use one of [1, 2, 4]"),
 ], ids=lambda x: "-".join(x) if isinstance(x, dict) else "")

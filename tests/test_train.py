@@ -99,9 +99,10 @@ def test_methods_by_name(go, method, flag):
 
 @pytest.mark.parametrize("stop_at", [2, 4, 6])
 def test_a_kill_changes_nothing(go, tmp_path, power_goes, stop_at):
-    whole = go(store=str(tmp_path / "undisturbed"))
-    power_goes(stop_at, go)
-    resumed = go()
+    how = dict(lora_dropout=0.0 if stop_at == 4 else 0.1)  # without dropout, rows have their beginning in common
+    whole = go(**how, store=str(tmp_path / "undisturbed"))
+    power_goes(stop_at, lambda: go(**how))
+    resumed = go(**how)
     assert resumed["resumed_from"] == stop_at
     for key in ("adapter_sha256", "loss", "evals", "metrics", "eval_loss", "samples"):
         assert resumed[key] == whole[key], key
@@ -205,6 +206,76 @@ def test_learns_what_trl_learns(go, tmp_path, monkeypatch):
 
     ours = go(run="ours", lora_dropout=0.0)
     monkeypatch.setattr(trainer.Tuner, "compute_loss", SFTTrainer.compute_loss)
+    monkeypatch.setattr(trainer, "lay_flat", lambda *_: False)
     trls = go(run="trls", lora_dropout=0.0)
     for (_, a), (_, b) in zip(ours["loss"], trls["loss"], strict=True):
         assert a == pytest.approx(b, rel=2e-2)
+
+
+def test_another_number_of_threads_is_said(go, power_goes, caplog):
+    "Once, by who finds out; the checkpoints remember it, so that the report has it however often the run is cut off afterwards."
+    threads, how = torch.get_num_threads(), dict(max_steps=4, seal_steps=1, eval_steps=0)
+    try:
+        power_goes(1, lambda: go(**how))
+        torch.set_num_threads(threads + 1)
+        power_goes(3, lambda: go(**how))
+        said = [r.getMessage() for r in caplog.records if "under other conditions" in r.getMessage()]
+        report = go(**how)
+    finally:
+        torch.set_num_threads(threads)
+    assert len(said) == 1 and f"after step 1 it went on under other conditions (threads was {threads}, is {threads + 1})" in said[0]
+    assert report["resumed_from"] == 3 and report["resume_notes"] == said and caplog.text.count("under other conditions") == 1
+
+
+def test_changed_rows_are_refused_with_the_difference(go, tmp_path, power_goes):
+    "Which file, how large it was and is, and the first row that differs; the rows as they were go on."
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from waystation.rows import changes, facts
+
+    file, how = tmp_path / "rows.jsonl", dict(max_steps=2, seal_steps=1, eval_steps=0)
+    power_goes(1, lambda: go(**how))
+    was, lines = file.read_text(), file.read_text().splitlines(keepends=True)
+    changed = r"data \(content\) was .*rows.jsonl changed \([\d,]+ -> [\d,]+ bytes, .*, 40 -> {} rows, row {} is the first that differs, {}\)"
+    for text, *found in (
+        (was.replace("It is 7!", "It is 8!"), 40, 8, "1 rows are new or changed and 1 are gone"),
+        ("".join(lines[:30] + lines[32:]), 38, 31, "0 rows are new or changed and 2 are gone"),
+        ("".join(lines[::-1]), 40, 1, "the same rows in another order"),
+    ):
+        file.write_text(text)
+        with pytest.raises(Refused, match=changed.format(*found)):
+            go(data=str(file), **how)
+    file.write_text(was)
+    assert go(data=str(file), **how)["resumed_from"] == 1
+    parquet, table = tmp_path / "rows.parquet", [json.loads(line) for line in lines]
+    pq.write_table(pa.Table.from_pylist(table), parquet)
+    kept = facts(parquet)
+    pq.write_table(pa.Table.from_pylist([*table, table[0]]), parquet)
+    assert changes(kept, parquet).endswith("40 -> 41 rows, row 41 is the first that differs, 1 rows are new or changed and 0 are gone)")
+
+
+def test_rows_laid_flat_learn_what_padded_rows_learn(go, monkeypatch):
+    from waystation.training import trainer
+
+    shapes, arrange = [], trainer.arrange
+    monkeypatch.setattr(trainer, "arrange", lambda batch, share: shapes.append((batch["lengths"].numel(), share)) or arrange(batch, share))
+    monkeypatch.setattr(trainer, "PIECE", 150)
+    flat = go(run="flat", lora_dropout=0.0, grad_accum=2, max_steps=3)
+    assert {share for _, share in shapes} == {True} and min(n for n, _ in shapes) < 8, "in pieces, with their beginning in common"
+    monkeypatch.setattr(trainer, "lay_flat", lambda *_: False)
+    padded = go(run="padded", lora_dropout=0.0, grad_accum=2, max_steps=3)
+    for key in ("loss", "evals"):
+        for (_, a), (_, b) in zip(flat[key], padded[key], strict=True):
+            assert a == pytest.approx(b, rel=1e-4)
+    assert flat["eval_loss"]["after"] == pytest.approx(padded["eval_loss"]["after"], rel=1e-4)
+
+
+def test_a_checkpoint_of_padded_rows_goes_on_and_says_so(go, power_goes, monkeypatch):
+    from waystation.training import trainer
+
+    with monkeypatch.context() as m:
+        m.setattr(trainer, "lay_flat", lambda *_: False)
+        power_goes(4, go)
+    r = go()
+    assert r["resumed_from"] == 4 and "steps up to 4 were padded" in r["why"]

@@ -5,16 +5,16 @@
 # %% auto #0
 __all__ = ['STATIONS', 'STORE_HELP', 'STORE', 'TASKS', 'COMMANDS', 'station', 'preflight', 'parser', 'store_command', 'store_ls',
            'store_fetch', 'store_seal', 'store_verify', 'store_copy', 'store_sync', 'lint', 'search', 'sql', 'classify',
-           'near', 'cluster', 'view', 'bring', 'evaluate', 'headline', 'table', 'terminable', 'main']
+           'near', 'cluster', 'view', 'bring', 'evaluate', 'merge', 'chat', 'headline', 'table', 'terminable', 'main']
 
-# %% ../nbs/90_cli.ipynb #ec31dab7
+# %% ../nbs/90_cli.ipynb #2cde3c99
 import argparse, contextlib, errno, importlib, inspect, json, shutil, signal, sys, textwrap, threading
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
-from .runtime import GateFailed, Interrupted, Refused, cache, redact, settings
+from .runtime import GateFailed, Interrupted, Refused, cache, is_main, redact, settings
 
-# %% ../nbs/90_cli.ipynb #5d187f15
+# %% ../nbs/90_cli.ipynb #86cde7f0
 STATIONS = {'setup': 'look at this machine and fetch models and data', 'train': 'fine-tune a model to answer or to classify, and measure it on held-out rows',
             'embed': 'turn rows into vectors, shard by shard', 'export': 'make a LanceDB table of the vectors, and search it'}
 
@@ -24,9 +24,24 @@ def station(
     "The function of a station."
     return getattr(importlib.import_module(f'waystation.stations.{name}'), name)
 
-def preflight() -> Callable[..., dict[str,Any]]:
-    "The function of the command `preflight`."
-    return importlib.import_module('waystation.embedding.preflight').preflight
+def preflight(
+    of:str='embed', # A station that has one; what another name is told, embed's says
+) -> Callable[..., dict[str,Any]]:
+    "The function of the command `preflight`: embed's own, or the parameters of `train` and three more."
+    if of != 'train': return importlib.import_module('waystation.embedding.preflight').preflight
+    from fastcore.meta import delegates
+    from waystation.stations.train import train
+    @delegates(train)
+    def ask(
+        station:str='train',       # Which station: embed or train; this help is of train's, whose options are those of `train` and the next three
+        chip:str='cpu',            # t4, l4, a100, h100, or cpu for this machine
+        utilisation:float=0.0,     # Share of the chip's peak that is reached; 0: 0.4, which is assumed
+        session_hours:float=12.0,  # Hours that a session lasts
+        **kwargs:Any,
+    ) -> dict[str,Any]:
+        from waystation.training.fit import preflight as asked
+        return asked(kwargs, chip, utilisation, session_hours)
+    return ask
 
 def _option(key:str) -> str: # As it is typed
     return '-' + key if len(key) == 1 else '--' + key.replace('_', '-')
@@ -47,9 +62,10 @@ def _add_options(p:argparse.ArgumentParser, f:Callable[...,Any]):
         if isinstance(param.default, bool): p.add_argument(_option(key), dest=key, action='store_true', help=text)
         else: p.add_argument(_option(key), dest=key, default=param.default, metavar=type(param.default).__name__.upper(), help=text)
 
-# %% ../nbs/90_cli.ipynb #ae355be6
+# %% ../nbs/90_cli.ipynb #25ccc1a0
 def parser(
     wanted:str='', # The command whose options are needed; options of the other stations are not read
+    of:str='embed', # preflight: the station that is asked about
 ) -> argparse.ArgumentParser:
     "The parser of the whole command line."
     p = argparse.ArgumentParser(prog='waystation', description='Train, embed and export on accelerators that vanish. Run it again and it goes on.',
@@ -86,7 +102,7 @@ def parser(
         v = add(name, doc[:1].lower() + doc[1:-1])
         if name == wanted: _add_options(v, f)
     v = add('preflight', 'does it fit, how long, what cost: before a chip is rented; exit code 4 when it does not fit')
-    if wanted == 'preflight': _add_options(v, preflight())
+    if wanted == 'preflight': _add_options(v, preflight(of))
     v = add('show', 'list runs, or one run with its steps, seals, parameters and metrics')
     v.add_argument('run', nargs='?', default='', help='name of a run; none: all runs')
     v.add_argument('--store', default='', help='where results are kept; default: the settings')
@@ -196,7 +212,7 @@ def store_sync(
     return dict(to_b={k: getattr(ways[0], k) for k in keys}, to_a={k: getattr(ways[1], k) for k in keys}, wrong=wrong,
                 text='\n'.join([*wrong, *lines[:1 if one_way else 2]]), exit=4 if wrong else 0)
 
-# %% ../nbs/90_cli.ipynb #af70c7ff
+# %% ../nbs/90_cli.ipynb #aa308509
 def _labelled(inputs:dict[str,Any], p:dict[str,Any]) -> tuple[list[Any],dict[str,list[Any]],list[Any],list[str]]: # Training rows, held-out sets, findings, levels
     from waystation.training.labelled import divide, no_use, read_labelled
     from waystation.training.lint import Finding
@@ -211,7 +227,7 @@ def _labelled(inputs:dict[str,Any], p:dict[str,Any]) -> tuple[list[Any],dict[str
     except Refused as e: found.append(Finding('error', 'held-out' if not sets else 'labels', len(rows), str(e), []))
     return train, sets, found, list(levels)
 
-def _tokenised(model:str, store:str, task:str, rows:list[Any]) -> tuple[list[Any],str]: # Lengths as `lint` takes them; why there are none
+def _tokenised(model:str, store:str, task:str, rows:list[Any]) -> tuple[list[Any],list[Any],str]: # Lengths as `lint` takes them, findings; why there are none
     from waystation.assets import resolve
     try:
         path = resolve(model, 'model', _open(store)).path
@@ -221,20 +237,24 @@ def _tokenised(model:str, store:str, task:str, rows:list[Any]) -> tuple[list[Any
         else:
             from transformers import AutoTokenizer
             tok = AutoTokenizer.from_pretrained(path)
-    except (Refused, ImportError, OSError, ValueError) as e: return [], str(e).splitlines()[0]
+    except (Refused, ImportError, OSError, ValueError) as e: return [], [], str(e).splitlines()[0]
     if task == 'classify':
         from waystation.training.labelled import label_ids
-        return [(r, 0, len(x) + tok.extra) for r, x in zip(rows, label_ids(tok, rows), strict=True)], ''
+        return [(r, 0, len(x) + tok.extra) for r, x in zip(rows, label_ids(tok, rows), strict=True)], [], ''
     from waystation.training.chat import code_rows
-    return [(r, n, len(ids)) for r, (n, ids) in zip(rows, code_rows(rows, tok), strict=True)], ''
+    from waystation.training.lint import about_template
+    coded = code_rows(rows, tok)
+    return [(r, c.before, len(c.ids)) for r, c in zip(rows, coded, strict=True)], about_template(rows, coded, tok), ''
 
-# %% ../nbs/90_cli.ipynb #f959d033
+# %% ../nbs/90_cli.ipynb #0ae9b8d9
 TASKS = ('sft', 'grpo', 'classify')  # of `train`
 
 def lint(
-    data:str,              # Rows to learn from: JSONL or Parquet; for classify whatever embed reads
+    data:str,              # Rows to learn from: JSONL, Parquet or CSV; for classify whatever embed reads
     eval_data:str='',      # Held-out rows; '' for the asset's own, else a tenth of data, by hash
     task:str='sft',        # What to learn: 'sft', to answer as the completions do; 'grpo', so that marks rise; 'classify', labels
+    columns:str='',        # Columns of other names, as prompt=instruction+input, completion=output, system=persona, or messages=conversations
+    system:str='',         # System message before rows that bring none; '' for what the model's template says
     model:str='asset:smollm2-135m', # Whose tokens are counted; lengths are not looked at when it is not at hand, and that is said
     text:str='text',       # classify: column with the text or sequence
     labels:str='',         # classify: columns with labels, from the widest level to the narrowest
@@ -257,9 +277,9 @@ def lint(
     inputs = locate({k: v for k, v in params.items() if k != 'model'}, _open(store))
     levels:list[str] = []
     if task == 'classify': train, held, found, levels = _labelled(inputs, params)
-    else: train, held, found = find_rows(*(inputs[k].path for k in ('data', 'eval_data') if k in inputs))
-    lengths, why = _tokenised(model, store, task, [*train, *(r for rows in held.values() for r in rows)])
-    said = look(train, held, params, lengths, levels, found) | dict(data=data, task=task, model=model, no_tokens=why)
+    else: train, held, found = find_rows(inputs['data'].path, inputs['eval_data'].path if 'eval_data' in inputs else None, columns, system)
+    lengths, more, why = _tokenised(model, store, task, [*train, *(r for rows in held.values() for r in rows)])
+    said = look(train, held, params, lengths, levels, [*found, *more]) | dict(data=data, task=task, model=model, no_tokens=why)
     return said | dict(text=describe(said), exit=2 if any(f['level'] == 'error' for f in said['findings']) else 0)
 
 # %% ../nbs/90_cli.ipynb #e1348ceb
@@ -449,10 +469,12 @@ def bring(
     if left := done['left_out']: more.append(f"not of this table and left out: {', '.join(left[:5])}{' …' if left[5:] else ''}")
     return done | dict(text='\n'.join([text, *more]))
 
-# %% ../nbs/90_cli.ipynb #92e89989
+# %% ../nbs/90_cli.ipynb #3533e40e
 def evaluate(
     model:str,          # A model, an adapter or a classifier: a folder, store:models/NAME/current, asset:NAME or a hub id
-    data:str,           # Rows that it never saw, as train takes them: JSONL or Parquet; for a classifier whatever embed reads
+    data:str,           # Rows that it never saw, as train takes them: JSONL, Parquet or CSV; for a classifier whatever embed reads
+    columns:str='',     # Columns of other names, as train takes them: prompt=instruction+input, completion=output
+    system:str='',      # System message before rows that bring none; '' for the one that the model was trained with
     rows:int=0,         # Ask about so many rows, the first; 0 for all
     text:str='text',    # A classifier's: column with the text or sequence
     max_new:int=96,     # Tokens an answer may have
@@ -470,8 +492,9 @@ def evaluate(
         from waystation.embedding.tokens import read_tokenizer
         found = part.report_levels(folder, resolve(data, 'source', place).rows, text, place, read_tokenizer, rows)
     else:
-        from waystation.training.chat import read_rows
-        asked, more = read_rows(resolve(data, 'eval_data', place).path)[:rows or None], {}
+        from waystation.training.chat import read_rows, with_system
+        asked, more = read_rows(resolve(data, 'eval_data', place).path, columns)[:rows or None], {}
+        asked = with_system(asked, system or part.made_of(folder).get('system', ''))
         if grounding: more = dict(support=_by_meaning(resolve(grounding, 'model', place).path))
         found = part.report_answers(folder, asked, place, max_new, form, refusal, **more)
     lines, known, said = part.report_table(found['metrics']), found.get('grounding', {}), list[str]()
@@ -480,7 +503,7 @@ def evaluate(
         said = [f"supported: {known['limit']:.3g} or more by {grounding or 'shared words'}; of known pairs, {missed} right ones fail and {fooled} wrong ones pass"]
     return dict(model=model, data=data) | found | dict(text='\n'.join([_grid(lines[0], lines[1:]), *said]))
 
-# %% ../nbs/90_cli.ipynb #ff11d795
+# %% ../nbs/90_cli.ipynb #f03f9b8e
 def _by_meaning(folder:Any) -> Callable[[Sequence[tuple[str,str]]],list[float]]: # How near sentence and text are
     def support(pairs):
         from waystation.embedding.engine import embed_texts
@@ -489,10 +512,54 @@ def _by_meaning(folder:Any) -> Callable[[Sequence[tuple[str,str]]],list[float]]:
         return ((a*b).sum(1)/np.linalg.norm(a, axis=1)/np.linalg.norm(b, axis=1)).tolist()
     return support
 
-COMMANDS:dict[str,Callable[...,dict[str,Any]]] = {
-    'search': search, 'sql': sql, 'classify': classify, 'near': near, 'cluster': cluster, 'view': view, 'import': bring, 'lint': lint, 'evaluate': evaluate}
+def merge(
+    model:str,              # The adapter, as train has sealed it: store:models/NAME/current
+    data:str='',            # Held-out rows to measure on, JSONL or Parquet; '' for those of its training
+    rows:int=0,             # Measure on so many rows, the first; 0 for all
+    gates:str='',           # What the merged model must reach before its name current moves; '' for what the adapter had to
+    gguf:str='',            # Make a GGUF file too, by llama.cpp's own converter: f32, f16, bf16 or q8_0; '' for none
+    restart:bool=False,     # Merge anew, as the next version
+    take_over:bool=False,   # Take the run from another writer that still seems alive
+    store:str='',           # Where it is, and the result; '' for the one in the settings
+) -> dict[str,Any]:
+    "Merge an adapter into its base as one model, measured beside it, and seal that."
+    from waystation.training.merge import merge as go
+    r = go(model, store, data, rows, gates, gguf, restart, take_over)
+    return r | dict(text=table([r]) + (f"\n{'':<12} {'gguf':<16} store:{r['gguf']}" if gguf else ''))
 
-# %% ../nbs/90_cli.ipynb #01f337a9
+def _typed(prompt:str) -> str: # A line, with history and cursor keys where readline is there
+    with contextlib.redirect_stdout(sys.__stdout__ if sys.__stdout__ and sys.__stdout__.isatty() else sys.stderr):  # `main` sent prints to standard error
+        with contextlib.suppress(ImportError): import readline  # noqa: F401
+        return input(prompt)
+
+def chat(
+    model:str,              # A chat model or an adapter: a folder, store:models/NAME/current, asset:NAME or a hub id
+    once:str='',            # Ask this alone, print the answer and end; so is what comes through a pipe
+    base:bool=False,        # Ask an adapter's base instead, with the adapter switched off
+    system:str='',          # The system message; '' for that of its training, if it had one
+    temperature:float=0.,   # 0 for the likeliest word each time; 1 for words as likely as the model has them
+    seed:int=0,             # Of chance, where there is a temperature
+    max_new:int=512,        # Tokens that an answer may have
+    store:str='',           # Where models are looked up; '' for the one in the settings
+) -> dict[str,Any]:
+    "Talk to a model, tuned or not, in the terminal."
+    from waystation.training.talk import converse, open_talk
+    if not once and not sys.stdin.isatty():
+        once = sys.stdin.read().strip()
+        if not once: raise Refused('nothing was asked: standard input is no terminal and is empty; pass --once "QUESTION", or pipe one in')
+    say:Callable[[str],Any] = (lambda text: None) if once else lambda text: print(text, end='', flush=True)
+    talk = open_talk(model, _open(store), base, system, say).set(temperature, seed, max_new)
+    if once: talk.ask(once)
+    else: converse(talk, _typed)
+    speed = round(talk.tokens/talk.seconds, 1) if talk.seconds else None
+    text = ''.join(t['content'] for t in talk.turns[1:]) if once else f'{len(talk.turns)//2} answers' + (f', {speed} tokens/s' if speed else '')
+    return dict(model=model, base=base, system=talk.system, turns=talk.turns, tokens=talk.tokens, tokens_per_s=speed, text=text)
+
+COMMANDS:dict[str,Callable[...,dict[str,Any]]] = {
+    'search': search, 'sql': sql, 'classify': classify, 'near': near, 'cluster': cluster, 'view': view, 'import': bring, 'lint': lint, 'evaluate': evaluate,
+    'chat': chat, 'merge': merge}
+
+# %% ../nbs/90_cli.ipynb #5284cb91
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -506,6 +573,10 @@ def headline(
         return [('rows', f"{r['rows']:,} vectors of {r['dim']} from {r['source_rows']:,} rows"), ('model', r['model']),
                 ('set aside', f"{r['quarantined']} rows"), ('truncated', f"{r['truncated']} rows"), ('shards', f"{r['shards']}, {r['shards_found']} found sealed"),
                 ('speed', f"{r['rows_per_second']:.0f} rows/s")]
+    if kind == 'merge':
+        m, same = r['metrics'], r['same_answers']
+        return [('held-out loss', f"{m['adapter']['loss']['value']:.4f} adapter as trained, {m['merged']['loss']['value']:.4f} merged"),
+                ('same answers', f"{same['hits']}/{same['n']}"), ('merged', f"store:{r['merged']}, {r['dtype']}")]
     return _headline_export(r)
 
 _MARKS = ('format', 'citation', 'answer', 'both', 'exact')  # in this order; a seal sorts its keys
@@ -614,7 +685,7 @@ def _show(result:dict[str,Any], width:int) -> str: # Of `show_run` or `show_runs
     lines += _names('names', (f'{k} -> {v}' for k, v in r['refs'].items()))
     return '\n'.join(lines + _names('damaged', r['damaged'].values()))
 
-# %% ../nbs/90_cli.ipynb #2f4e6514
+# %% ../nbs/90_cli.ipynb #578d06c6
 def _recipe(args:argparse.Namespace) -> dict[str,Any]:
     "`run` and `demo`."
     from waystation.page import write_page
@@ -631,7 +702,7 @@ def _look(args:argparse.Namespace) -> dict[str,Any]:
 
 def _station(args:argparse.Namespace) -> dict[str,Any]:
     "One station, directly, or `preflight`."
-    f = preflight() if args.verb == 'preflight' else station(args.verb)
+    f = preflight(args.station) if args.verb == 'preflight' else station(args.verb)
     return f(**_values(f, args))
 
 def _store(args:argparse.Namespace) -> dict[str,Any]:
@@ -659,13 +730,15 @@ def terminable() -> Iterator[None]:
     try: yield
     finally: signal.signal(signal.SIGTERM, before)
 
-# %% ../nbs/90_cli.ipynb #6d98265f
+# %% ../nbs/90_cli.ipynb #09cf14de
 def main(
     argv:Sequence[str]|None=None, # None: the process' own arguments
 ) -> int:                         # The exit code
     "Run one command."
     argv = list(sys.argv[1:] if argv is None else argv)
-    p = parser(next((a for a in argv if not a.startswith('-')), ''))
+    first = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    first.add_argument('--station', default='embed')
+    p = parser(next((a for a in argv if not a.startswith('-')), ''), first.parse_known_args(argv)[0].station)
     args = p.parse_args(argv)
     if args.version:
         from importlib.metadata import version
@@ -680,11 +753,12 @@ def main(
     except OSError as e:
         if e.errno not in (errno.ENOSPC, errno.EDQUOT): raise
         return _stop(args, 2, 'refused', f"no space left for {e.filename or cache()}: make room, or set WAYSTATION_CACHE to another disk; what is sealed stays")
+    if not is_main(): return 0  # of several processes that train, the main one has the report
     print(json.dumps(result, ensure_ascii=False) if args.json else _text(args, result))
     return result.get('exit', 0) if args.verb in ('store', 'preflight', *COMMANDS) else 0
 
 def _stop(args:argparse.Namespace, code:int, what:str, why:str) -> int: # `code`
     why = redact(why)
     print(f'waystation: {what}: {why}', file=sys.stderr)
-    if args.json: print(json.dumps(dict(error=what, message=why, exit=code), ensure_ascii=False))
+    if args.json and is_main(): print(json.dumps(dict(error=what, message=why, exit=code), ensure_ascii=False))
     return code

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['log', 'HOW', 'INPUTS', 'MOVES', 'locate', 'identity', 'difference', 'fingerprint_of', 'Shards', 'read_report',
-           'station_notebook', 'station_parameters', 'Job', 'begin', 'check_value', 'load_recipe', 'run_recipe']
+           'station_notebook', 'station_parameters', 'Job', 'Follower', 'begin', 'check_value', 'load_recipe',
+           'run_recipe']
 
-# %% ../nbs/09_recipe.ipynb #55d64d1f
+# %% ../nbs/09_recipe.ipynb #eba4be45
 import ast, contextlib, hashlib, json, logging, os, re, shutil, signal, sys, tempfile, threading, time
 from collections.abc import Iterator, Sequence
 from importlib.metadata import version
@@ -15,20 +16,21 @@ from typing import Any
 
 import yaml
 
-from .assets import Located, local_copy, resolve
+from .assets import Located, keep_base, local_copy, resolve
 from .gates import judge, missed, read_gates
-from .runtime import GateFailed, Interrupted, Refused, cache, host_memory, packaged, settings
+from .runtime import GateFailed, Interrupted, Refused, cache, host_memory, is_main, packaged, processes, settings
 from .lease import Held, Lease
-from .rows import changes
+from .monitor import Monitor, announce
+from .rows import changes, facts
 from .seal import Seal, check_name, plain
 from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #b141b04a
+# %% ../nbs/09_recipe.ipynb #710650b8
 # Parameters that say how a step is run, not what it computes.
 HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'workers', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best',
-       'to', 'fat32', 'with_model', 'gates')
+       'to', 'fat32', 'with_model', 'gates', 'gradient_checkpointing')
 INPUTS = ('model', 'data', 'eval_data', 'source', 'metadata', 'questions')
 MOVES = ('source', 'source (content)', 'limit', 'shards (content)')  # What may differ under `update`: which rows there are, not what is made of one
 
@@ -115,12 +117,14 @@ def read_report(
     report = store.read(f'{base}/report').meta
     return report | {key: str(local_copy(store, seal)/path) for key, (seal, path) in report['files'].items()}
 
-# %% ../nbs/09_recipe.ipynb #a9903447
+# %% ../nbs/09_recipe.ipynb #e175146c
+def _notebooks() -> dict[str,Path]: return {p.stem.split('_', 1)[1]: p for p in sorted(packaged('notebooks').glob('*.ipynb'))}
+
 def station_notebook(
     station:str, # 'setup', 'train', 'embed' or 'export'
 ) -> Path:
     "The notebook of a station; it travels inside the package."
-    there = {p.stem.split('_', 1)[1]: p for p in sorted(packaged('notebooks').glob('*.ipynb'))}
+    there = _notebooks()
     if station not in there: raise Refused(f"station={station!r} is not a station; there are {', '.join(there)}")
     return there[station]
 
@@ -133,16 +137,19 @@ def station_parameters(
     body = ast.parse(''.join(cell['source'])).body
     return {t.id: ast.literal_eval(s.value) for s in body if isinstance(s, ast.Assign) for t in s.targets if isinstance(t, ast.Name)}
 
-# %% ../nbs/09_recipe.ipynb #39f58f63
+# %% ../nbs/09_recipe.ipynb #179046ec
 class Job:
     "One attempt at one step of a run, with the right to write it."
     lease:Lease|Held
 
-    def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease):
-        self.station, self.params, self.store, self.lease = station, params, store, lease
+    def __init__(self, station:str, params:dict[str,Any], store:Store, lease:Lease|None):
+        self.station, self.params, self.store = station, params, store
+        self.lease = lease  # type: ignore[assignment]  # a Follower has none
         self.run, self.step, self.started = params['run'], params['step'], time.time()
+        self._monitor:Monitor|None = None
         self._new:dict[str,Any] = {}  # what `begun` will say, when this attempt is a new one
         self.inputs = {} if station == 'setup' else locate(params, store)
+        if 'model' in self.inputs: keep_base(self.inputs['model'], store)
         self.shards = Shards(self._shards(params['shards']), store) if 'shards' in params else None
         self.attempt = self._begin(identity(params, self.inputs, self.shards))
         key = hashlib.sha256(store.url.encode()).hexdigest()[:8]
@@ -169,7 +176,7 @@ class Job:
                 raise Refused(f"run {self.run!r} has a step {self.step!r} with other parameters: {changed}{self._changes(begun, wanted)}. One run never mixes two: "
                               f"choose a new run name{more}, or pass --restart to begin this step anew (what was sealed stays)")
             if not again:
-                self.store.refer(ref, begun.name)
+                if self.lease: self.store.refer(ref, begun.name)
                 return number
         self._new = dict(identity=wanted, params=self.params, station=self.station, restart=bool(self.params['restart']),
                          update=bool(number and self.params.get('update')), version=version('waystation'))
@@ -178,6 +185,7 @@ class Job:
     def _was(self, begun:Seal, wanted:dict[str,Any]) -> dict[str,Any]: # Its identity
         "What an attempt was begun with. A parameter that its version did not have yet is at its default: that is what the version did."
         old = begun.meta['identity']
+        if self.station not in _notebooks(): return old  # a command that works as a step, such as merge
         return {k: v for k, v in station_parameters(self.station).items() if k in wanted and k not in old} | old
 
     def _moved(self, begun:Seal, wanted:dict[str,Any]) -> bool: # Whether nothing differs but the rows
@@ -193,12 +201,15 @@ class Job:
         return True
 
     def _changes(self, begun:Seal, wanted:dict[str,Any]) -> str:
-        "Which files of the source changed, when this step kept a list of them."
-        key, was = 'source (content)', begun.meta['identity']
-        if 'scan.json' not in begun.files or was.get(key) == wanted.get(key) or was.get('source') != wanted.get('source'): return ''
+        "Which files of rows changed, when this step kept a list of them."
+        was, told = begun.meta['identity'], []
+        keys = [k for k in self.inputs if was.get(f'{k} (content)') != wanted.get(f'{k} (content)') and was.get(k) == wanted.get(k)]
         with tempfile.TemporaryDirectory(dir=cache()) as tmp:
-            seen = json.loads((self.store.fetch(begun.name, tmp)/'scan.json').read_text(encoding='utf-8'))
-        return f" ({changes(seen['files'], self.inputs['source'].rows)})"
+            kept = self.store.fetch(begun.name, tmp) if keys and begun.files else Path(tmp)
+            for k in keys:
+                file = kept/('scan.json' if k == 'source' else f'{k}.json')
+                if file.is_file(): told.append(changes(json.loads(file.read_text(encoding='utf-8'))['files'], self.inputs[k].rows))
+        return f" ({'; '.join(told)})" if told else ''
 
     def _shards(self, value:str) -> str:
         "A plain word names a step of this run; none is `embed`."
@@ -234,9 +245,25 @@ class Job:
         shutil.rmtree(self.work/'kept', ignore_errors=True)
         return self.store.fetch(f'{self.base}/begun', self.work/'kept')
 
+    @contextlib.contextmanager
+    def watched(self) -> Iterator[Monitor]:
+        "Metrics and alerts, opened at their first use and closed with the job; standing still is worth an alert inside."
+        self._monitor = self._monitor or Monitor(self, self.params)
+        try: yield self._monitor
+        finally: self._monitor.watch.rest()
+
+    def _tell(self, event:str, text:str) -> None:
+        if self._monitor: self._monitor.alert(event, text)
+        elif self.station != 'setup': announce(self.id, event, text)
+
+    def __enter__(self) -> 'Job': return self
+
+    def __exit__(self, *exc) -> None:
+        if self._monitor: self._monitor.__exit__(*exc)
+
     def check(self):
         "Stop unless this process is still the run's writer."
-        self.lease.check()
+        if self.lease: self.lease.check()
 
     def seal(self,
         folder:str|Path|None,    # Files to commit; None for `meta` alone
@@ -255,11 +282,17 @@ class Job:
         "Commit files under a name of their own, if this process is still the run's writer."
         self.check()
         self.record()
-        return self.store.seal(folder, name, meta, self.lease.check).name
+        return self.store.seal(folder, name, meta, self.check).name
 
     def record(self) -> None:
         "Seal what this attempt is: right before its first result, so that a mistyped first try binds nobody."
         if not self._new: return
+        for k in ('data', 'eval_data'):
+            if k in self.inputs and not self.inputs[k].value.startswith(('asset:', 'store:')):
+                with contextlib.suppress(Refused):  # a file that only the station can read
+                    said = json.dumps(dict(files=facts(self.inputs[k].rows)))
+                    self.found.mkdir(exist_ok=True)
+                    (self.found/f'{k}.json').write_text(said, encoding='utf-8')
         begun = self.store.seal(self.found if self.found.is_dir() else None, f'{self.base}/begun', self._new).name
         self.store.refer(f'runs/{self.run}/{self.step}', begun)
         self._new = {}
@@ -294,7 +327,14 @@ class Job:
         shutil.rmtree(self.work, ignore_errors=True)
         if self.store.mirror: doc['mirror'] = self.store.drain()
         self.seal(None, 'report', meta=doc)
-        return self.judged() or {}
+        found = {k: m['value'] if 'value' in m else m['hits']/m['n'] for k, m in result.get('figures', {}).items() if m.get('n', 1)}
+        if self._monitor and found: self._monitor.log({f'held_out/{k}': v for k, v in found.items()}, result.get('steps', 0))
+        try: report = self.judged() or {}
+        except GateFailed as e:
+            self._tell('gate failed', str(e))
+            raise
+        self._tell('finished', f"step {self.step!r} of run {self.run!r} is done" + ''.join(f', {k} {v:.4g}' for k, v in found.items()))
+        return report
 
     def _point(self, models:Sequence[str]) -> None:
         self.check()
@@ -316,7 +356,15 @@ class Job:
             self.seal(None, 'gates', int(last.rsplit('/', 1)[1]) + 1 if last else 1, dict(gates=report['gates']))
         return report
 
-# %% ../nbs/09_recipe.ipynb #26407a0a
+# %% ../nbs/09_recipe.ipynb #933d1086
+class Follower(Job):
+    "A job as the other processes of a training see it."
+    def publish(self, folder:str|Path|None, name:str, meta:dict|None=None) -> str:
+        return self.store.seal(folder, name, meta).name if name.startswith(f'{self.base}/fits/') else name
+
+    def note(self, kind:str, meta:dict) -> dict: return meta
+
+# %% ../nbs/09_recipe.ipynb #c01f7d55
 @contextlib.contextmanager
 def begin(
     station:str,            # 'setup', 'train', 'embed' or 'export'
@@ -326,15 +374,22 @@ def begin(
     params = params | {k: str(params[k]) for k in ('run', 'step')}  # papermill reads `-p run 2024` as a number
     for key in ('run', 'step'): check_name(params[key])
     if '/' in params['run'] or '/' in params['step']: raise Refused(f"run={params['run']!r}, step={params['step']!r}: a name of a run or step has no slash")
+    if processes() > 1 and station != 'train':
+        raise Refused(f"{processes()} processes run {station!r} (WORLD_SIZE={os.environ['WORLD_SIZE']}), and only train works in several; "
+                      "start it without a launcher")
     said = settings(params['store'])
     params = params | {'store': said['store']}
+    if not is_main():
+        yield Follower(station, params, Store(said['store']), None)
+        return
     store = Store(said['store'], mirror=said['mirror'])
     def stop(*_): raise Interrupted(f"{params['run']}/{params['step']} was asked to stop; what is sealed stays, and the same command goes on from there")
     main = threading.current_thread() is threading.main_thread()
     store.place.sweep()  # before the lease: what fails between taking it and `try` would keep it
     lease = Lease(store.place, params['run'], params['take_over'])
     before = signal.signal(signal.SIGTERM, stop) if main else None
-    try: yield Job(station, params, store, lease)
+    try:
+        with Job(station, params, store, lease) as job: yield job
     finally:
         lease.release()
         if main: signal.signal(signal.SIGTERM, before)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'FAR_S', 'REST_S', 'Refused', 'Interrupted', 'GateFailed', 'platform', 'packaged', 'settings', 'prices',
-           'cache', 'Device', 'devices', 'precision', 'host_memory', 'secret', 'redact', 'machine', 'process',
-           'is_alive']
+           'cache', 'Device', 'devices', 'processes', 'is_main', 'precision', 'host_memory', 'secret', 'redact',
+           'machine', 'process', 'is_alive']
 
 # %% ../nbs/01_runtime.ipynb #b6794f84
 import configparser, functools, logging, math, os, re, socket, sys, threading, time
@@ -157,6 +157,15 @@ def devices() -> list[Device]: # Best first: TPU, GPU, CPU
     cores = len(os.sched_getaffinity(0)) if hasattr(os, 'sched_getaffinity') else os.cpu_count() or 1
     return [*found, Device('cpu', _cpu_name(), cores, round(psutil.virtual_memory().total/1e9, 1))]
 
+# %% ../nbs/01_runtime.ipynb #f368cb8a
+def processes() -> int: # 1 unless a launcher started more
+    "How many processes do this work together."
+    return int(os.environ.get('WORLD_SIZE') or 1)
+
+def is_main() -> bool:
+    "Whether this process is the only one, or the one of several that writes and speaks."
+    return processes() == 1 or os.environ.get('RANK', '0') == '0'
+
 # %% ../nbs/01_runtime.ipynb #d24db844
 def precision(
     device:Device|None=None, # None: the best one of this machine
@@ -196,8 +205,8 @@ def secret(
         except (userdata.SecretNotFoundError, userdata.NotebookAccessError): return None
     return None
 
-# %% ../nbs/01_runtime.ipynb #686fb0c6
-_SECRET_NAME = re.compile(r'(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|_PAT)', re.I)
+# %% ../nbs/01_runtime.ipynb #e85e7b2c
+_SECRET_NAME = re.compile(r'(KEY|TOKEN|SECRET|PASSWORD|PASSWD|CREDENTIAL|_PAT|ALERT_URL)', re.I)
 _SECRET_TEXT = re.compile(
     r'(?P<before>://)[^/\s:@]+:[^/\s@]+(?=@)'                                   # user:password@ in a URL
     r'|(?P<query>[?&](?:X-Amz-Signature|X-Amz-Credential|X-Amz-Security-Token|X-Goog-Signature|X-Goog-Credential|sig|signature|token|access_token|key|password)=)[^&\s"\'<>]+'

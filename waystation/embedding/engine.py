@@ -7,7 +7,7 @@ __all__ = ['log', 'OURS', 'T', 'MOST', 'chunks', 'Cut', 'kept_columns', 'Pieces'
            'ahead', 'flow', 'write_shard', 'read_shards', 'seal_shards', 'collect', 'embed_rows', 'totals',
            'embed_texts']
 
-# %% ../../nbs/embedding/24_engine.ipynb #8e2e8565
+# %% ../../nbs/embedding/24_engine.ipynb #095f5334
 import contextlib, functools, json, logging, queue, shutil, threading, time
 from collections import Counter, deque
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
@@ -22,7 +22,7 @@ import pyarrow as pa, pyarrow.parquet as pq
 from .backend import Laid, Model, open_model
 from .encoder import shrink, storage_error
 from .reuse import Earlier, take, text_hashes
-from ..monitor import Monitor, progress
+from ..monitor import progress
 from ..recipe import Job
 from ..rows import Rows, Scan
 from ..runtime import Refused, host_memory
@@ -332,7 +332,7 @@ def seal_shards(
             shutil.rmtree(folder)
             yield shard.number, meta
 
-# %% ../../nbs/embedding/24_engine.ipynb #8bf90d12
+# %% ../../nbs/embedding/24_engine.ipynb #813b968c
 def collect(
     job:Job,
     scan:Scan,
@@ -345,7 +345,7 @@ def collect(
     found, todo = len(metas), [i for i in range(-(-scan.n_rows // shard_rows)) if i not in metas]
     log.info('%d shards are sealed already, %d to compute', found, len(todo))
     done = sum(m['source_rows'] for m in metas.values())
-    with progress(scan.n_rows, 'embed', 'row', done) as bar, Monitor(job, job.params) as mon, contextlib.closing(compute(todo)) as sealed:
+    with progress(scan.n_rows, 'embed', 'row', done) as bar, job.watched() as mon, contextlib.closing(compute(todo)) as sealed:
         for number, meta in sealed:
             metas[number] = meta
             bar.update(meta['source_rows'])

@@ -8,7 +8,7 @@ __all__ = ['UNDER_WAY', 'SLOTS', 'WORKSPACE', 'SHARE', 'NO_COMPILER', 'ASSUMED',
            'reached', 'read_lengths', 'lengths_of', 'in_chunks', 'at_hand', 'check', 'check_tensor', 'preflight',
            'report']
 
-# %% ../../nbs/embedding/23_preflight.ipynb #f0992405
+# %% ../../nbs/embedding/23_preflight.ipynb #ba851023
 import bisect, contextlib, dataclasses, json, math, os, re, subprocess, sys, tempfile, threading, time
 from collections.abc import Callable, Iterator, Sequence
 from importlib.util import find_spec
@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..chips import CHIPS, SLICES, Slice, chip as known_chip
+from ..chips import CHIPS, SLICES, Slice, chip as known_chip, cpu_tflops, in_figures, in_words, rent, rent_lines
 from .models import PRESETS, SCORES, Config, operations, read_config, read_recipe, shapes, table
 from .packing import batching, choose
 from ..runtime import Refused, devices, host_memory, prices, settings
@@ -265,16 +265,7 @@ def compiled(
             found |= dict(largest_batch=n, capped=all(a['peak_gib'] and a['peak_gib'] <= found['limit_gib'] for a in done))
     return found | {k: done[0][k] for k in ('peak_gib', 'needs_gib', 'parts')}
 
-# %% ../../nbs/embedding/23_preflight.ipynb #0a67a14e
-def _cpu_tflops() -> float:
-    "What this machine's CPU reaches in a float32 matrix multiplication, the best of five."
-    a, best = np.ones((1024, 1024), np.float32), 0.
-    for _ in range(5):
-        began = time.perf_counter()
-        a @ a
-        best = max(best, 2*1024**3/(time.perf_counter() - began)/1e12)
-    return best
-
+# %% ../../nbs/embedding/23_preflight.ipynb #ffb8ab27
 def duration(
     work:Work,
     slice:Slice,
@@ -283,11 +274,9 @@ def duration(
     session_hours:float,   # Hours that a session lasts
     rates:dict[str,float], # Price of an hour, by slice
 ) -> dict[str,Any]:
-    "Hours, sessions and price."
-    hours = work.flops/(peak*1e12*utilisation)/3600
-    rate = rates.get(slice.name)
-    return dict(hours=hours, rows_per_hour=work.rows/hours, hours_if_padded=hours*work.padded/work.flops,
-                sessions=math.ceil(hours/session_hours), session_hours=session_hours, price=rate, cost=None if rate is None else hours*rate)
+    "Hours, sessions, price, and rows an hour."
+    said = rent(work.flops, slice, peak, utilisation, session_hours, rates)
+    return said | dict(rows_per_hour=work.rows/said['hours'], hours_if_padded=said['hours']*work.padded/work.flops)
 
 # %% ../../nbs/embedding/23_preflight.ipynb #4776ea24
 ASSUMED = 0.4   # of the peak; 40% is common for large matrix multiplies, and small models reach less
@@ -418,9 +407,9 @@ def check_tensor(c:Config, slice:Slice, tensor:int) -> None:
         raise Refused(f"tensor={tensor} must divide the {slice.devices} devices of {slice.name}, the model's {c.heads} heads and its {c.hidden} "
                       f"feed-forward numbers; use one of {fit}")
 
-# %% ../../nbs/embedding/23_preflight.ipynb #3d5f1854
+# %% ../../nbs/embedding/23_preflight.ipynb #c095c731
 def preflight(
-    station:str='embed',       # Which station: embed
+    station:str='embed',       # Which station: embed, or train, which has the options of `train`
     model:str='asset:minilm',  # A model as embed takes it, or a name whose sizes are known: minilm, bge-large, esm2-650m, nt-2.5b, …
     chip:str='cpu',            # v5e-1, v5e-8, v6e-1, v3-8, v4-8, t4, l4, a100, h100, or cpu for this machine
     rows:int=0,                # Rows to embed; 0 with source: all that it has
@@ -438,7 +427,7 @@ def preflight(
     store:str='',              # Where earlier runs are looked for; '' for the one in the settings
 ) -> dict[str,Any]:
     "Whether a job fits a chip, how long it takes and what it costs, before one is rented."
-    if station != 'embed': raise Refused(f"station={station!r} has no preflight; use embed")
+    if station != 'embed': raise Refused(f"station={station!r} has no preflight here; the command has embed and train")
     slice, chunk = check(chip, rows, batch, utilisation, session_hours, lengths, source, (chunk_tokens, chunk_overlap)), (chunk_tokens, chunk_overlap)
     platform = 'tpu' if slice.topology else 'gpu' if slice.chip else 'cpu'
     place = Store(store or settings()['store']) if any(x.startswith('store:') for x in (model, source)) else None
@@ -448,7 +437,7 @@ def preflight(
     if source: known, rows = lengths_of(source, text, id, folder, rows, place, chunk)
     w = work(c, known, rows, most, platform, batch, slice.devices//tensor)
     fit = compiled(c, slice, w.width, w.batch, not batch, tensor) if slice.topology else estimated(c, slice, w.width, w.batch)
-    peak = slice.peak_tflops if slice.chip else _cpu_tflops()
+    peak = slice.peak_tflops if slice.chip else cpu_tflops()
     share, by = (utilisation, 'as asked') if utilisation else reached(store, slice, peak)
     found = dict(station=station, model=model, chip=chip, devices=slice.devices, tensor=tensor, max_tokens=most,
                  dtype=CHIPS[slice.chip].precision if slice.chip else 'float32',
@@ -456,7 +445,7 @@ def preflight(
                  peak_tflops=peak, utilisation=share, utilisation_by=by, **fit, **duration(w, slice, peak, share, session_hours, prices(store)))
     return found | dict(text=report(found), exit=0 if fit['fits'] else 4)
 
-# %% ../../nbs/embedding/23_preflight.ipynb #1f038d0f
+# %% ../../nbs/embedding/23_preflight.ipynb #e22e79ed
 def _memory(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on whether it fits
     if f['fits'] is None: return [('memory', f['how'])]
     lacks = f"{f['needs_gib']:.2f} GiB of temporaries alone" if f['needs_gib'] else 'more than there is'
@@ -470,24 +459,20 @@ def _memory(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on whe
         lines += [('largest batch', most + (f" ({len(f['compiles'])} compilations)" if f['compiles'] else ''))]
     return lines
 
-def _number(x:float) -> str: return f'{x:,.0f}' if x >= 100 else f'{x:.3g}'
-
 def _work(f:dict[str,Any]) -> list[tuple[str,str]]: # Lines of `report` on what is to be computed, and how long that takes
     if not f['lengths']: long = f"{f['max_tokens']:,} tokens, the longest that the model takes; --source or --lengths says how long they are"
     else: long = f"{f['tokens']/f['rows']:,.0f} tokens" + ('' if f['lengths'].isdigit() else f" on average ({f['lengths']})")
-    saved = f"; {_number(f['padded']/1e12)} if every row were padded to {f['max_tokens']:,}" if f['padded'] > 1.01*f['flops'] else ''
-    took = f"{f['hours']:,.3g} hours" if f['hours'] > 1 else f"{f['hours']*60:.2g} minutes"
+    saved = f"; {in_figures(f['padded']/1e12)} if every row were padded to {f['max_tokens']:,}" if f['padded'] > 1.01*f['flops'] else ''
     more = '' if f['utilisation_by'].startswith('measured') else '; compiling, reading and sealing come on top'
     return [('rows', f"{f['rows']:,} of {long}"),
-            ('arithmetic', f"{_number(f['flops']/1e12)} TFLOP, with {f['fill']:.0%} of the slots in use{saved}"),
-            ('time', f"{took}, {f['rows_per_hour']:,.0f} rows an hour{more}"),
-            ('', f"at {f['utilisation']:.0%} of {_number(f['peak_tflops'])} TFLOP/s, {f['utilisation_by']}")]
+            ('arithmetic', f"{in_figures(f['flops']/1e12)} TFLOP, with {f['fill']:.0%} of the slots in use{saved}"),
+            ('time', f"{in_words(f['hours'])}, {f['rows_per_hour']:,.0f} rows an hour{more}"),
+            ('', f"at {f['utilisation']:.0%} of {in_figures(f['peak_tflops'])} TFLOP/s, {f['utilisation_by']}")]
 
 def report(f:dict[str,Any]) -> str: # Lines
     "The answer for a person."
     word, lines = {True: 'fits', False: 'does not fit', None: 'NOT CHECKED whether it fits'}[f['fits']], _memory(f)
     shared = f", the weights divided among {f['tensor']}" if f['tensor'] > 1 else ''
     if f['devices'] > 1: lines += [('devices', f"{f['devices']}, a batch spread over them{shared}")]
-    cost = f"{f['cost']:.2f}" if f['cost'] is not None else f"no price: set `{f['chip']} = …` (an hour, in your currency) in [prices] of settings.ini"
-    lines += [*_work(f), ('sessions', f"{f['sessions']:,} of {f['session_hours']:g} hours"), ('cost', cost)]
+    lines += [*_work(f), *rent_lines(f)]
     return '\n'.join([f"{f['model']} on {f['chip']}: {word}", *(f'  {what:<15}{value}' for what, value in lines)])

@@ -5,11 +5,11 @@
 # %% auto #0
 __all__ = ['survey', 'setup']
 
-# %% ../../nbs/stations/1_setup.ipynb #5b2842e5
+# %% ../../nbs/stations/1_setup.ipynb #a9fca562
 import os
 from typing import Any
 
-from ..assets import ASSETS, resolve
+from ..assets import ASSETS, keep_base, resolve
 from ..monitor import progress
 from ..recipe import begin
 from ..runtime import devices, host_memory, machine, platform, precision, settings
@@ -23,7 +23,7 @@ def survey() -> dict[str,Any]:
     return dict(platform=platform(), machine=machine(), devices=[vars(d) for d in found], memory=host_memory(),
                 precision=dtype, precision_why=why, **places)
 
-# %% ../../nbs/stations/1_setup.ipynb #52aeafba
+# %% ../../nbs/stations/1_setup.ipynb #b816d9e2
 def setup(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -47,6 +47,7 @@ def setup(
                 kind, _, asset = name.partition(':')
                 if role == 'data' and kind == 'asset' and asset in ASSETS and 'data' not in dict(ASSETS[asset].roles): role = 'source'
                 found = resolve(name, role, job.store)
+                if role == 'model': keep_base(found, job.store)
                 files = [found.path] if found.path.is_file() else [f for f in found.path.rglob('*') if f.is_file()]
                 inputs[name] = dict(role=role, path=str(found.path), fingerprint=found.fingerprint, mb=round(sum(f.stat().st_size for f in files)/1e6, 1))
                 if kind == 'asset': inputs[name] |= dict(packages=[f'{p.name}=={p.version}' for p in ASSETS[asset].packages], licence=ASSETS[asset].licence)

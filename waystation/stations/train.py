@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/stations/2_train.ipynb #cd9a7fda
+# %% ../../nbs/stations/2_train.ipynb #1e2740e4
 from typing import Any
 
 from ..gates import read_gates
 from ..recipe import begin
-from ..runtime import Refused
+from ..runtime import Refused, is_main
 
-# %% ../../nbs/stations/2_train.ipynb #0c882377
+# %% ../../nbs/stations/2_train.ipynb #5cb311f1
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -22,8 +22,10 @@ def train(
     step:str='train',      # Name of this step in the run
     task:str='sft',        # What to learn: 'sft', to answer as the completions do; 'grpo', to answer so that marks rise; 'classify', labels
     model:str='asset:smollm2-135m', # A chat model, for classify an encoder: path, store:NAME, hub id or asset:NAME
-    data:str='asset:banking', # Rows to learn from: JSONL or Parquet; for classify whatever embed reads
+    data:str='asset:banking', # Rows to learn from: JSONL, Parquet or CSV; for classify whatever embed reads
     eval_data:str='',      # Held-out rows; '' for the asset's own, else a tenth of data, by hash
+    columns:str='',        # Columns of other names, as prompt=instruction+input, completion=output, system=persona, or messages=conversations
+    system:str='',         # System message before rows that bring none; '' for what the model's template says
     text:str='text',       # classify: column with the text or sequence
     labels:str='',         # classify: columns with labels, from the widest level to the narrowest, as phylum=1.8,genus=0.8: weights in the loss
     held_out:str='',       # classify: a column of which a tenth of the values is held out whole, such as genus; '' for none
@@ -40,9 +42,11 @@ def train(
     lora_alpha:int=32,     # Its scale is lora_alpha/lora_r
     lora_dropout:float=0., # Share of the adapter's inputs that is dropped
     target_modules:str='', # Linear modules to adapt, by name, with commas; '' for all that attention and feed-forward layers have
-    batch_size:int=8,      # Rows at once
+    batch_size:int=8,      # Rows at once; fewer, with more batches a step, when memory runs out
     grad_accum:int=1,      # Batches before an optimizer step
     max_length:int=512,    # Tokens a row may have
+    optimizer:str='',      # 'adamw', or 'adamw_8bit' and 'paged_adamw_8bit' by bitsandbytes, which take less memory; '' for what suits the device
+    gradient_checkpointing:bool=False, # Compute activations again instead of keeping them: less memory, more time
     eval_steps:int=0,      # Held-out loss every so many steps; 0 only before and after
     early_stop:int=0,      # Stop after so many evaluations without improvement on a tenth of the training rows, and take the best checkpoint; 0 to go on
     seal_steps:int=10,     # Seal a checkpoint every so many steps; 0 by time alone
@@ -57,6 +61,8 @@ def train(
     read_gates(gates)  # what cannot be read is refused first
     if task not in ('sft', 'grpo', 'classify'):
         raise Refused(f"task={task!r} is not known; there are 'sft' (answer as the completions do), 'grpo' (answer so that marks rise) and 'classify' (labels)")
+    if task == 'classify' and (columns or system):
+        raise Refused(f'columns={columns!r} and system={system!r} are for questions and answers; classify names its columns by text, labels and features')
     with begin('train', params) as job:
         if report := job.judged(): return report
         if task == 'classify':
@@ -64,13 +70,15 @@ def train(
             from waystation.training.classifier import classify
             return classify(job, read_tokenizer)
         from waystation.training.lint import summary
-        from waystation.training.trainer import conclude, examine, fit, prepare
+        from waystation.training.trainer import conclude, examine, fit_in, prepare
         if task == 'grpo':
             from waystation.training.rewards import check_answers, reinforce
             check_answers(params)
-        course = prepare(job)  # refuses what cannot work
-        if task == 'grpo': course = reinforce(course, job)
-        before = job.read('baseline') or job.note('baseline', examine(course))
-        fitted = fit(course, job)
-        done = conclude(course, job, before, fitted, examine(course))
+        def make():
+            course = prepare(job)  # refuses what cannot work
+            return reinforce(course, job) if task == 'grpo' else course
+        course, before, fitted = fit_in(make, examine, job)
+        after = examine(course)
+        if not is_main(): return {}  # of several processes, the main one has the report
+        done = conclude(course, job, before, fitted, after)
         return job.finish(done | {'lint': summary(course.lint)}, {'adapter': (done['model'], '')}, [done['model']])

@@ -7,7 +7,7 @@ __all__ = ['TOKENS', 'CARD', 'encoder_parts', 'load_classifier', 'collate', 'Sor
            'answers', 'examine_classifier', 'gate_figures', 'gate_names', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #80a28dbe
+# %% ../../nbs/training/15_classifier.ipynb #40247141
 import json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from waystation.training.trainer import (  # first: it quietens what peft says when it is imported
-    WATCHED, Course, SameOrder, check_numbers, check_patience, fit, held_loss, keep_lint, publish_model, quiet, told,
+    UNCHANGED, WATCHED, Course, SameOrder, check_frozen, check_numbers, check_patience, code_versions, decide, fit_in, held_loss, keep_lint, publish_model,
+    quiet, told,
 )
 
 import numpy as np
@@ -27,7 +28,8 @@ from transformers import AutoConfig, AutoModelForSequenceClassification, Printer
 from ..gates import check_names, read_gates
 from ..monitor import progress
 from ..questions import in_held_out
-from ..runtime import Refused, precision
+from ..runtime import Refused
+from .device import Plan, one_card
 from .features import Branch, Features, make_features
 from .labelled import cut_ids, divide, label_ids, no_use, read_labelled
 from .lint import add_to_card, lint, refuse, steps_of, summary
@@ -71,7 +73,7 @@ def load_classifier(
     return get_peft_model(model, LoraConfig(r=p['lora_r'], lora_alpha=p['lora_alpha'], lora_dropout=p['lora_dropout'], task_type='SEQ_CLS',
                                             target_modules=rf'.*\.(encoder\..*|embeddings)\.({wanted})', modules_to_save=whole))
 
-# %% ../../nbs/training/15_classifier.ipynb #d7db351d
+# %% ../../nbs/training/15_classifier.ipynb #fae6bf64
 def collate(
     rows:Sequence[dict[str,Any]], # input_ids, perhaps labels and numbers
     pad:int,                      # Token for empty slots
@@ -84,19 +86,21 @@ def collate(
 
 class Sorter(SameOrder, Trainer):
     "transformers' Trainer with the loss over all levels, and a count of the tokens it was shown."
-    tokens = 0
+    tokens, positions = 0, 0  # Of texts, and with padding
     labels:Labels
     feature_weight = 0.
 
     def compute_loss(self, model, inputs, return_outputs=False, num_items_in_batch=None):
         out = model(input_ids=inputs['input_ids'], attention_mask=inputs['attention_mask'])
-        if model.training: self.tokens += int(inputs['attention_mask'].sum())
+        if model.training:
+            self.tokens += int(inputs['attention_mask'].sum())
+            self.positions += inputs['input_ids'].numel()
         how = inputs['labels'], self.labels.sizes, list(self.labels.levels.values())
         loss = hierarchical_loss(out.logits.float(), *how)
         if 'numbers' in inputs: loss = loss + self.feature_weight*hierarchical_loss(model.base_model.model.branch(inputs['numbers']).float(), *how)
         return (loss, out) if return_outputs else loss
 
-# %% ../../nbs/training/15_classifier.ipynb #d4d45ad3
+# %% ../../nbs/training/15_classifier.ipynb #a6fc2a91
 @dataclass
 class Lesson(Course):
     "A course that ends in classes: everything was read and checked."
@@ -106,15 +110,14 @@ class Lesson(Course):
     held_data:dict[str,list[dict[str,Any]]]     # input_ids of the held-out sets, and their numbers if there are any
     beside:Features|None                        # Numbers beside the text
 
-def _config(p:dict[str,Any], work:Path, total:int, dtype:str) -> TrainingArguments:
+def _config(p:dict[str,Any], work:Path, total:int, how:Plan) -> TrainingArguments:
     "The parameters in Trainer's words. Nothing is reported or saved on its own; the callback does both."
-    return TrainingArguments(
-        output_dir=str(work/'trainer'), max_steps=total, per_device_train_batch_size=p['batch_size'], per_device_eval_batch_size=p['batch_size'],
-        gradient_accumulation_steps=p['grad_accum'], learning_rate=p['learning_rate'], warmup_steps=p['warmup_steps'], lr_scheduler_type='cosine',
-        optim='adamw_torch', weight_decay=0., max_grad_norm=1., train_sampling_strategy='group_by_length', seed=p['seed'], data_seed=p['seed'],
-        bf16=dtype == 'bfloat16', fp16=dtype == 'float16', use_cpu=not torch.cuda.is_available(), dataloader_pin_memory=torch.cuda.is_available(),
+    return one_card(TrainingArguments(
+        output_dir=str(work/'trainer'), max_steps=total, per_device_eval_batch_size=p['batch_size'], **how.arguments(p),
+        learning_rate=p['learning_rate'], warmup_steps=p['warmup_steps'], lr_scheduler_type='cosine',
+        weight_decay=0., max_grad_norm=1., train_sampling_strategy='group_by_length', seed=p['seed'], data_seed=p['seed'],
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True, label_names=['labels'],
-        remove_unused_columns=False, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True)
+        remove_unused_columns=False, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True))
 
 # %% ../../nbs/training/15_classifier.ipynb #54ede782
 def set_aside(rows:list[dict[str,str]]) -> tuple[list[dict[str,str]], list[dict[str,str]]]: # Rows to learn from, and those to stop by
@@ -137,7 +140,7 @@ def _read(job:Any) -> tuple[list[dict[str,str]], list[dict[str,str]], dict[str,l
     train, watch = set_aside(train) if p['early_stop'] else (train, [])
     return train, watch, sets, left_out, also, levels
 
-# %% ../../nbs/training/15_classifier.ipynb #def83fb6
+# %% ../../nbs/training/15_classifier.ipynb #870b5fb5
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -156,6 +159,7 @@ def prepare_classifier(
     labels, total = make_labels(levels, train), steps_of(p, len(train))
     check_names(read_gates(p['gates']), gate_names(labels, sets))
     check_numbers(p, linear, positions)
+    how = decide(job)
     if p['feature_weight'] < 0: raise Refused(f"feature_weight={p['feature_weight']} must not be below 0")
     tokenizer = read_tokenizer(path)
     whole = {name: label_ids(tokenizer, rows) for name, rows in {'': train, **sets}.items()}
@@ -168,12 +172,11 @@ def prepare_classifier(
     def shown(ids, rows): return dict(input_ids=ids) | (dict(numbers=beside.numbers(rows).tolist()) if beside else {})
     def as_rows(columns): return [dict(zip(columns, values, strict=True)) for values in zip(*columns.values(), strict=True)]
     def as_data(ids, rows): return Dataset.from_dict(shown(ids, rows) | dict(labels=labels.numbers(rows).tolist()))
-    dtype, why = precision()
     model = load_classifier(path, labels, p, beside)
     pad = model.config.pad_token_id or 0
     exam = as_data(held['rows'], sets['rows'])
     seen = as_data(cut_ids(tokenizer, label_ids(tokenizer, watch), p['max_length']), watch) if watch else exam
-    trainer = Sorter(model, args=_config(p, job.work, total, dtype), train_dataset=as_data(ids, train), eval_dataset=seen,
+    trainer = Sorter(model, args=_config(p, job.work, total, how), train_dataset=as_data(ids, train), eval_dataset=seen,
                      data_collator=lambda rows: collate(rows, pad))
     trainer.labels, trainer.feature_weight = labels, p['feature_weight']
     trainer.model_accepts_loss_kwargs = False  # our loss is a mean, so Trainer must divide it by grad_accum
@@ -181,8 +184,8 @@ def prepare_classifier(
     every = [r for rows in sets.values() for r in rows]
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(every), 'train')
     left_out = {k: len(places) for k, places in empty.items()} | {'also_held_out': also}
-    return Lesson(trainer, model, tokenizer, every, train, total, cut, 0, dtype, why, bar, keep_lint(job, found), exam,
-                  len(watch), labels, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, i in held.items()}, beside)
+    return Lesson(trainer, model, tokenizer, every, train, total, cut, 0, how.precision, how.why['precision'], bar, keep_lint(job, found), exam,
+                  len(watch), how, labels, sets, left_out, {name: as_rows(shown(i, sets[name])) for name, i in held.items()}, beside)
 
 # %% ../../nbs/training/15_classifier.ipynb #6b744c34
 def answers(
@@ -255,7 +258,7 @@ def baselines(c:Lesson) -> dict[str,dict[str,Any]]: # Set -> who -> figures
         out[name] = {'majority': score_levels(truth, np.tile(majority(known), (len(rows), 1)), c.labels), 'neighbour': score_levels(truth, near, c.labels)}
     return out
 
-# %% ../../nbs/training/15_classifier.ipynb #ae99901e
+# %% ../../nbs/training/15_classifier.ipynb #ae2093b3
 CARD = """---
 library_name: peft
 tags: [lora, text-classification, waystation]
@@ -276,7 +279,7 @@ from transformers import AutoModelForSequenceClassification
 base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels={outputs})
 model = PeftModel.from_pretrained(base, "this folder")
 ```
-`{model}` was read from `{path}`. Output i is class i of `labels.json`, whose levels stand side by side.
+`{model}` was read from `{path}`. {unchanged} Output i is class i of `labels.json`, whose levels stand side by side.
 """
 
 def tables(
@@ -320,12 +323,12 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
-# %% ../../nbs/training/15_classifier.ipynb #db7adf0c
+# %% ../../nbs/training/15_classifier.ipynb #e3968f01
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
     "Seal adapter and encoder."
     p, path = job.params, job.inputs['model'].path
     base = f"models/{job.run}" + ('' if job.step == 'train' else f'-{job.step}')
-    name, encoder = f'{base}/v{job.attempt}', f'{base}-encoder/v{job.attempt}'
+    name, encoder, frozen = f'{base}/v{job.attempt}', f'{base}-encoder/v{job.attempt}', check_frozen(c)
     for folder in (job.work/'adapter', job.work/'encoder'): shutil.rmtree(folder, ignore_errors=True)
     c.model.save_pretrained(job.work/'adapter')
     _beside(path, job.work/'adapter')
@@ -337,27 +340,26 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
         **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': facts.get('best_step', c.total), 'n_train': len(c.rows),
         'precision': c.precision, 'note': note, 'path': path,
         'tables': tables(facts['metrics'], list(c.labels.levels), c.labels.sizes), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
-        'outputs': sum(c.labels.sizes)}), encoding='utf-8')
+        'outputs': sum(c.labels.sizes), 'unchanged': UNCHANGED.format(**frozen)}), encoding='utf-8')
     add_to_card(c.lint, job.work/'adapter')
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
              'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job),
-             'steps': facts.get('best_step', c.total), 'rows': len(c.rows)}
+             'steps': facts.get('best_step', c.total), 'rows': len(c.rows), 'eval_loss': facts['eval_loss'], 'metrics': facts['metrics'],
+             'frozen_weights': frozen, 'versions': code_versions()}
     (job.work/'adapter/waystation.json').write_text(json.dumps(about, indent=1), encoding='utf-8')
-    sealed = publish_model(job, job.work/'adapter', name, about | {'eval_loss': facts['eval_loss'], 'metrics': facts['metrics']})
+    sealed = publish_model(job, job.work/'adapter', name, about)
     save_encoder(c.model, path, job.work/'encoder', f"{p['model']} tuned by run {job.run!r}")
     publish_model(job, job.work/'encoder', encoder, about)
     return {'model': name, 'encoder': encoder, 'adapter_sha256': sealed.files['adapter_model.safetensors']['sha256'],
             'labels_sha256': sealed.files['labels.json']['sha256']}
 
-# %% ../../nbs/training/15_classifier.ipynb #478cdd23
+# %% ../../nbs/training/15_classifier.ipynb #b5bde509
 def classify(
     job:Any,                             # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has
 ) -> dict[str,Any]:                      # The finished report
     "Train a classifier, and measure it on held-out rows beside what needs no training."
-    c = prepare_classifier(job, read_tokenizer)
-    before = job.read('baseline') or job.note('baseline', {**examine_classifier(c, 'base'), 'others': baselines(c)})
-    fitted = fit(c, job)
+    c, before, fitted = fit_in(lambda: prepare_classifier(job, read_tokenizer), lambda c: {**examine_classifier(c, 'base'), 'others': baselines(c)}, job)
     after = examine_classifier(c, 'tuned')
     metrics = {name: before['others'][name] | before['metrics'][name] | after['metrics'][name] for name in c.sets}
     truth = {name: c.labels.numbers(rows) for name, rows in c.sets.items()}

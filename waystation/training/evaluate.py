@@ -59,13 +59,13 @@ def word_overlap(row: dict) -> str:  # An output, to be marked like a model's
     at = max(ends, key=lambda i: shared(' '.join(body[:i].split()[-6:])))  # a key has at most about six words
     return f"{' '.join(body[at:].split()[:8])} [{best['label']}]"
 
-# %% ../../nbs/training/12_evaluate.ipynb #0eb0fddc
+# %% ../../nbs/training/12_evaluate.ipynb #5aaec9bb
 def generate_answers(
     model: Any,            # A transformers causal model
     tokenizer: Any,        # Its tokenizer, with a chat template
     rows: list[dict],      # Normalised; only their prompts are read
     max_new: int = 96,     # Tokens an answer may have
-    batch_size: int = 32,  # Rows at once
+    batch_size: int = 32,  # Rows at once; half of them when memory runs out
     tick: Callable[[int], Any] = lambda n: None, # Told how many rows were answered
 ) -> list[str]:            # One answer a row, without special tokens
     "The model's greedy answers."
@@ -78,12 +78,18 @@ def generate_answers(
     how = GenerationConfig(do_sample=False, max_new_tokens=max_new, pad_token_id=pad, eos_token_id=tokenizer.eos_token_id, use_cache=True)
     out, was = [''] * len(rows), model.training
     model.eval()
-    for start in range(0, len(rows), batch_size):
-        batch = order[start:start + batch_size]
+    start = 0
+    while batch := order[start:start + batch_size]:
         width = max(len(asked[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(asked[i])) + asked[i] for i in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(asked[i])) + [1] * len(asked[i]) for i in batch], device=model.device)
-        with torch.inference_mode(): new = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)[:, width:]
+        try:
+            with torch.inference_mode(): new = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)[:, width:]
+        except torch.OutOfMemoryError:
+            if len(batch) == 1: raise
+            batch_size = len(batch)//2
+            continue
+        start += len(batch)
         for i, text in zip(batch, tokenizer.batch_decode(new, skip_special_tokens=True), strict=True): out[i] = text.strip()
         tick(len(batch))
     model.train(was)

@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['Row', 'NEAR', 'Length', 'Finding', 'find_rows', 'shingles', 'signatures', 'near', 'leaks', 'copies', 'too_long',
-           'measure', 'steps_of', 'never', 'balance', 'lint', 'refuse', 'summary', 'describe', 'add_to_card']
+           'measure', 'about_template', 'steps_of', 'never', 'balance', 'lint', 'refuse', 'summary', 'describe',
+           'add_to_card']
 
-# %% ../../nbs/training/11_lint.ipynb #9c7a1884
+# %% ../../nbs/training/11_lint.ipynb #ca65460b
 import collections, functools, json, math, re, unicodedata, zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -16,7 +17,7 @@ from typing import Any
 import numpy as np
 
 from ..runtime import Refused
-from .chat import sort_rows, split
+from .chat import Coded, hidden_system, sort_rows, split, with_system
 
 # %% ../../nbs/training/11_lint.ipynb #ab1bbd2a
 Row = Mapping[str, Any]
@@ -33,23 +34,26 @@ class Finding:
 def _first(places: Iterable[Any], n: int = 3) -> list[str]: return [x for _, x in zip(range(n), places, strict=False)]
 def _where(row: Any) -> str: return getattr(row, 'where', '') or 'a row'  # a plain dict in a test has no place
 
-# %% ../../nbs/training/11_lint.ipynb #3fb6c499
-def _bad(path: str | Path) -> tuple[list[dict], list[Finding]]: # Good rows, and a finding for each rule that others break
-    rows, bad = sort_rows(path)
+# %% ../../nbs/training/11_lint.ipynb #8073c132
+def _bad(path: str | Path, columns: str = '') -> tuple[list[dict], list[Finding]]: # Good rows, and a finding for each rule that others break
+    rows, bad = sort_rows(path, columns)
     counts = collections.Counter(rule for rule, _ in bad)
     says, n = '{} of {} rows cannot be learnt from ({}); mend or delete them', len(rows) + len(bad)
     return rows, [Finding('error', rule, count, says.format(count, n, rule), _first(why for r, why in bad if r == rule)) for rule, count in counts.items()]
 
 def find_rows(
-    data: str | Path,                    # JSONL or Parquet, or a folder of such files
+    data: str | Path,                    # JSONL, Parquet or CSV, or a folder of such files
     eval_data: str | Path | None = None, # Held-out rows; None: a tenth of data, by hash
+    columns: str = '',                   # Which columns are what, as `chat.read_columns` reads it
+    system: str = '',                    # Message before rows that bring none; the split does not depend on it
 ) -> tuple[list[dict], dict[str, list[dict]], list[Finding]]: # Rows to train on, held-out rows by where they come from, what is wrong with others
     "Read rows to learn from, and tell what is wrong with any of them."
-    train, found = _bad(data)
+    train, found = _bad(data, columns)
     if eval_data is None:
         try: train, held = split(train)
         except Refused as e: held, found = [], found or [Finding('error', 'held-out', len(train), str(e), [])]
-    else: held, more = _bad(eval_data); found += more
+    else: held, more = _bad(eval_data, columns); found += more
+    train, held = with_system(train, system), with_system(held, system)
     return train, {'a tenth of data' if eval_data is None else 'eval_data': held}, found
 
 # %% ../../nbs/training/11_lint.ipynb #b1b31316
@@ -201,6 +205,26 @@ def measure(
     bars = [[k*step + 1, (k + 1)*step if k < 12 else max(int(n.max()), 13*step), c] for k, c in enumerate(counts)]
     used = [k for k, c in enumerate(counts) if c]
     return {'median': int(np.median(n)), 'p95': int(np.quantile(n, .95)), 'longest': int(n.max()), 'max_length': most, 'bars': bars[used[0]:used[-1] + 1]}
+
+# %% ../../nbs/training/11_lint.ipynb #6687b8a2
+def about_template(
+    rows: Sequence[Row],      # That the model sees
+    coded: Sequence[Coded],   # What `code_rows` made of them
+    tokenizer: Any,           # With a chat template
+) -> list[Finding]:
+    "What the model's chat template adds to rows, and what it keeps from being learnt."
+    out, hidden = [], hidden_system(tokenizer)
+    bare, part = [r for r in rows if r['prompt'][0]['role'] != 'system'], [r for r, c in zip(rows, coded, strict=True) if not c.whole]
+    if hidden and bare: out.append(Finding('warning', 'hidden-system', len(bare),
+        f"{len(bare)} of {len(rows)} rows have no system message, so the model's chat template says one of its own to it: {hidden[:300]!r}; give "
+        'system="…" to say yours instead', _first(_where(r) for r in bare)))
+    if part: out.append(Finding('warning', 'earlier-turns', len(part),
+        f"{len(part)} of {len(rows)} rows have earlier answers that the model's chat template says otherwise once others follow (such as without their thoughts); "
+        'their last answer alone is learnt', _first(_where(r) for r in part)))
+    if 'strftime_now' in str(tokenizer.chat_template): out.append(Finding('warning', 'date', len(rows),
+        "the model's chat template writes today's date into each row, so a run that goes on another day learns from other tokens than it began with; finish it on "
+        'one day, or take strftime_now out of the template', []))
+    return out
 
 # %% ../../nbs/training/11_lint.ipynb #36e61594
 def steps_of(

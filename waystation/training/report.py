@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['REFUSAL', 'sentences', 'cited_text', 'overlap', 'known_pairs', 'calibrate', 'unanswerable', 'follows', 'mark_all',
-           'ratio', 'row_losses', 'language', 'made_of', 'base_of', 'report_answers', 'report_levels', 'report_table']
+           'ratio', 'row_losses', 'language', 'made_of', 'base_of', 'open_model', 'report_answers', 'report_levels',
+           'report_table']
 
 # %% ../../nbs/training/16_report.ipynb #bf205caf
 import json, math, re, time
@@ -199,16 +200,16 @@ def language(
     return outputs, {'loss': loss, 'perplexity': {k: v if k == 'n' else round(math.exp(min(v, 700)), 4) for k, v in loss.items()},
                      'seconds an answer': ratio(alone, [1]*len(alone)), 'tokens a second': {'value': round(tokens/took, 1), 'n': len(rows)}}
 
-# %% ../../nbs/training/16_report.ipynb #17084261
+# %% ../../nbs/training/16_report.ipynb #1109413f
 def made_of(folder: Path) -> dict[str, Any]: # {} when something else wrote the folder
     "What waystation wrote into a model's folder when it made it."
     file = folder/'waystation.json'
     return json.loads(file.read_text(encoding='utf-8')) if file.is_file() else {}
 
 def base_of(
-    folder: Path,   # A model folder
-    store: Store,   # For a base that lies there
-) -> Path | None:   # None for a whole model
+    folder: Path,       # A model folder
+    store: Store | None,# For a base that lies there
+) -> Path | None:       # None for a whole model
     "Where the base of an adapter is."
     if not (folder/'adapter_config.json').is_file(): return None
     made = made_of(folder)
@@ -218,7 +219,19 @@ def base_of(
         raise Refused(f'the adapter in {folder} was trained on {named!r} with another content than what is there now; bring that base back')
     return found.path
 
-# %% ../../nbs/training/16_report.ipynb #9d9abda1
+def open_model(
+    folder: Path,         # A language model, or an adapter
+    base: Path | None,    # What `base_of` said
+    method: str = '',     # One of METHODS: how the frozen weights are loaded; '' for an adapter as in its training, else whole
+) -> tuple[Any, Any]:     # The model, with its adapter on if there is one, and its tokenizer
+    "Load a model to be asked."
+    linear_modules(base or folder)  # what is no language model is refused
+    tokenizer = AutoTokenizer.from_pretrained(folder if any(folder.glob('tokenizer*')) or not base else base)
+    method = method or (base and made_of(folder).get('params', {}).get('method')) or 'lora'
+    model = load_model(base or folder, method, precision()[0]).eval()
+    return PeftModel.from_pretrained(model, folder).eval() if base else model, tokenizer
+
+# %% ../../nbs/training/16_report.ipynb #02775787
 def report_answers(
     folder: Path,          # A model or an adapter
     rows: list[dict],      # Normalised
@@ -234,13 +247,10 @@ def report_answers(
     try: re.compile(pattern)
     except re.error as e: raise Refused(f"refusal={refusal!r} is not a regular expression ({e}); give one, or '' for the usual words") from e
     if max_new < 1: raise Refused(f'max_new={max_new} must be above 0: an answer has at least one token')
-    linear_modules(path or folder)  # what is no language model is refused
+    model, tokenizer = open_model(folder, path)
     grounded = [r for r in rows if {'passages', 'answer', 'cite'} <= r.keys()]
     bare, checked = unanswerable(grounded), calibrate(grounded, support) if grounded else {}
     def count(outputs, more): return mark_all(rows, outputs, more, fits, pattern, support, checked.get('limit', 0.))
-    tokenizer = AutoTokenizer.from_pretrained(folder if any(folder.glob('tokenizer*')) or not path else path)
-    model = load_model(path or folder, 'lora', precision()[0]).eval()
-    if path: model = PeftModel.from_pretrained(model, folder).eval()
     metrics, said = {}, {}
     for who in ('base', 'tuned') if path else ('model',):
         def ask(who=who):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWARDS', 'said', 'exact', 'form', 'length', 'read_rewards', 'Learner', 'check_answers', 'reinforce']
 
-# %% ../../nbs/training/17_rewards.ipynb #58f08f93
+# %% ../../nbs/training/17_rewards.ipynb #869e2356
 import importlib, re
 from collections.abc import Callable
 from typing import Any
@@ -17,6 +17,7 @@ from trl import GRPOConfig, GRPOTrainer
 
 from ..questions import stands_in
 from ..runtime import Refused
+from .device import one_card
 from .trainer import Course
 
 # %% ../../nbs/training/17_rewards.ipynb #9444d869
@@ -83,7 +84,7 @@ class Learner(GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
-# %% ../../nbs/training/17_rewards.ipynb #9703a667
+# %% ../../nbs/training/17_rewards.ipynb #c1269212
 def check_answers(
     p:dict[str,Any], # Parameters of `train`
 ) -> None:
@@ -102,14 +103,13 @@ def reinforce(
     p, old = job.params, c.trainer.args
     functions, weights = read_rewards(p['rewards'])
     rows = [dict(prompt=r['prompt'], expected=r['completion'][0]['content'], **({'answer': r['answer']} if 'answer' in r else {})) for r in c.rows]
-    how = GRPOConfig(
-        output_dir=old.output_dir, max_steps=c.total, per_device_train_batch_size=p['batch_size'], per_device_eval_batch_size=p['generations'],
-        gradient_accumulation_steps=p['grad_accum'],
+    how = one_card(GRPOConfig(
+        output_dir=old.output_dir, max_steps=c.total, per_device_eval_batch_size=p['generations'], **c.plan.arguments(p),
         num_generations=p['generations'], max_completion_length=c.max_new, temperature=1., beta=0., reward_weights=weights, learning_rate=p['learning_rate'],
-        warmup_steps=p['warmup_steps'], lr_scheduler_type='cosine', optim=old.optim, weight_decay=0., max_grad_norm=1., gradient_checkpointing=False,
-        seed=p['seed'], data_seed=p['seed'], bf16=old.bf16, fp16=old.fp16, use_cpu=old.use_cpu, dataloader_pin_memory=old.dataloader_pin_memory,
+        warmup_steps=p['warmup_steps'], lr_scheduler_type='cosine', weight_decay=0., max_grad_norm=1.,
+        seed=p['seed'], data_seed=p['seed'],
         eval_strategy=old.eval_strategy, eval_steps=old.eval_steps, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[],
-        disable_tqdm=True)
+        disable_tqdm=True))
     transformers.set_seed(p['seed'])
     data = Dataset.from_list(rows)  # Trainer wants rows to evaluate on; `evaluate` has its own
     learner = Learner(c.model, reward_funcs=functions, args=how, train_dataset=data, eval_dataset=data, processing_class=c.tokenizer)
