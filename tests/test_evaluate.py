@@ -5,11 +5,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import rows, tiny_model
+from test_train import rows, tiny_run
 
 from waystation.cli import main
 from waystation.runtime import Refused
-from waystation.stations.train import train
 from waystation.store import Store
 from waystation.training.chat import code_rows, read_rows
 from waystation.training.report import base_of, calibrate, known_pairs, overlap, report_answers, unanswerable
@@ -19,12 +18,7 @@ from waystation.training.report import base_of, calibrate, known_pairs, overlap,
 def trained(tmp_path_factory):
     "An adapter of a tiny random model, whose base lies in a folder."
     tmp = tmp_path_factory.mktemp("evaluate")
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("WAYSTATION_WANDB_MODE", "disabled")
-        m.setenv("WAYSTATION_CACHE", str(tmp / "cache"))
-        r = train(run="t", store=str(tmp / "store"), model=tiny_model(tmp / "model"), data=rows(tmp / "rows.jsonl"), max_steps=4, lora_r=4, method="lora",
-                  max_length=128, warmup_steps=1)  # fmt: skip
-    return tmp, r
+    return tmp, tiny_run(tmp, method="lora")
 
 
 def grounded(path, n=12):

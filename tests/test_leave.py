@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import rows, tiny_model
+from test_train import rows, tiny_run
 
 from waystation.cli import main
 from waystation.runtime import GateFailed, Refused
@@ -22,12 +22,7 @@ from waystation.training.merge import merge
 def trained(tmp_path_factory):
     "A QLoRA adapter of a tiny random model; its base is in a folder."
     tmp = tmp_path_factory.mktemp("leave")
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("WAYSTATION_WANDB_MODE", "disabled")
-        m.setenv("WAYSTATION_CACHE", str(tmp / "cache"))
-        r = train(run="t", store=str(tmp / "store"), model=tiny_model(tmp / "model"), data=rows(tmp / "rows.jsonl"), max_steps=4, lora_r=4,
-                  max_length=128, warmup_steps=1, learning_rate=0.01, eval_rows=2, gates="eval_loss <= 99")  # fmt: skip
-    return tmp, r
+    return tmp, tiny_run(tmp, learning_rate=0.01, eval_rows=2, gates="eval_loss <= 99")
 
 
 @pytest.fixture

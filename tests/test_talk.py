@@ -15,21 +15,15 @@ from pathlib import Path
 
 import pytest
 from conftest import WAYSTATION
-from test_train import rows, tiny_model
+from test_train import tiny_model, tiny_run
 
-from waystation.stations.train import train
 
 
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory):
     "An adapter of a tiny random model."
     tmp = tmp_path_factory.mktemp("talk")
-    with pytest.MonkeyPatch.context() as m:
-        m.setenv("WAYSTATION_WANDB_MODE", "disabled")
-        m.setenv("WAYSTATION_CACHE", str(tmp / "cache"))
-        r = train(run="t", store=str(tmp / "store"), model=tiny_model(tmp / "model"), data=rows(tmp / "rows.jsonl"), max_steps=4, lora_r=8, method="lora",
-                  max_length=128, warmup_steps=1, learning_rate=0.02, eval_rows=1)  # fmt: skip
-    return tmp, r["adapter"]
+    return tmp, tiny_run(tmp, lora_r=8, method="lora", learning_rate=0.02, eval_rows=1)["adapter"]
 
 
 def test_one_question(trained, run, monkeypatch, capsys):

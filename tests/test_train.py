@@ -38,6 +38,15 @@ def tiny_model(folder):
     return str(folder)
 
 
+def tiny_run(tmp, **how):
+    "The report of four steps of a tiny random model, whose base lies in a folder beside its store and cache; for fixtures that several tests share."
+    with pytest.MonkeyPatch.context() as m:
+        m.setenv("WAYSTATION_WANDB_MODE", "disabled")
+        m.setenv("WAYSTATION_CACHE", str(tmp / "cache"))
+        few = dict(max_steps=4, lora_r=4, max_length=128, warmup_steps=1)
+        return train(run="t", store=str(tmp / "store"), model=tiny_model(tmp / "model"), data=rows(tmp / "rows.jsonl"), **few | how)
+
+
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
     return tiny_model(tmp_path_factory.mktemp("model"))

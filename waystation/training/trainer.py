@@ -407,7 +407,7 @@ class Chooser(Keeper):
         if best_step(state.log_history[-1:]) == state.global_step: return found
         return {k: v for k, v in found.items() if not k.startswith('eval_')}  # measured before this step: another checkpoint's figure
 
-# %% ../../nbs/training/14_trainer.ipynb #07709983
+# %% ../../nbs/training/14_trainer.ipynb #f6e46799
 def told(job: Any) -> dict:  # Parameters that say what was computed
     "A job's parameters without the places of one machine."
     return {k: v for k, v in job.params.items() if k not in ('run', 'store', 'restart', 'take_over')}
@@ -415,7 +415,7 @@ def told(job: Any) -> dict:  # Parameters that say what was computed
 def fit(
     c: Course,
     job: Any,   # An open job
-) -> dict:      # resumed_from, resume_notes, saving_s (of the training thread), loss (by step), evals, reward, tokens_per_s, padding (its share)
+) -> dict:      # resumed_from, resume_notes, saving_s (of the training thread), loss (by step), evals, reward, tokens_per_s, padding (below 0: shared beginnings)
     "Train to the last step, from the last sealed checkpoint if there is one."
     base, patience = f'{job.base}/checkpoints', job.params['early_stop']
     scratch = job.work/f"resume{os.environ.get('RANK', '')}"  # one for each process
