@@ -16,8 +16,8 @@ from waystation.store import Store
 
 pytestmark = pytest.mark.slow
 
-SMALL = ["train.max_steps=4", "train.eval_rows=4", "train.seal_steps=2", "train.eval_steps=2", "train.warmup_steps=1", "train.batch_size=4",
-         "embed.limit=100", "embed-16s.limit=200", "embed-16s.shard_rows=64", "export-16s.index=none", "export.index=none"]
+SMALL = ["train.max_steps=2", "train.eval_rows=2", "train.seal_steps=1", "train.eval_steps=1", "train.warmup_steps=1", "train.batch_size=2",
+         "embed.limit=40", "embed.shard_rows=32", "embed-16s.limit=200", "embed-16s.shard_rows=64", "export-16s.index=none", "export.index=none"]
 
 
 def test_the_journey_and_again(cli, env, tmp_path):
@@ -25,8 +25,8 @@ def test_the_journey_and_again(cli, env, tmp_path):
     first = cli(*args, "--json")
     assert [s["step"] for s in first["steps"]] == ["setup", "train", "embed", "embed-16s", "export", "export-16s"]
     _, train, embed, tree, export, _ = first["steps"]
-    assert train["steps"] == 4 and train["metrics"]["tuned"]["both"]["n"] == 4
-    assert embed["rows"] > 100 and embed["source_rows"] == 100 and tree["rows"] == 200
+    assert train["steps"] == 2 and train["metrics"]["tuned"]["both"]["n"] == 2
+    assert embed["rows"] > 40 and embed["source_rows"] == 40 and embed["shards"] > 1 and tree["rows"] == 200
     assert export["rows"] == embed["rows"]
     page = (tmp_path / "page.html").read_text()
     assert page.count("data:image/png;base64,") >= 4
