@@ -1,7 +1,7 @@
 """What a training step costs on a CPU: the station beside TRL's defaults and the recipe that is copied most.
 
-    python benchmarks/train.py                # every way, 8 minutes of CPU; writes train.json beside this file and the guide's table
-    python benchmarks/train.py --rounds 1 --way waystation   # a quick look at one; the others' figures stay
+    python benchmarks/train.py                # every way, 20 minutes of CPU; writes train.json beside this file and the guide's table
+    python benchmarks/train.py --rounds 1 --way "waystation, bfloat16"   # a quick look at one; writes nothing
     python benchmarks/train.py --table        # put the table of train.json into the guide; runs nothing
 
 Each way is a process of its own, on one core, that takes as many steps of eight rows over the same rows: one epoch, so that all have seen the same
@@ -30,8 +30,8 @@ HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 RESULT, GUIDE = HERE / "train.json", HERE.parent / "lit" / "guides" / "training-speed.md"
 BEGIN, END = "<!-- from benchmarks/train.json -->\n", "<!-- end -->\n"
-OURS, OURS16, TRL, TRL16, RECIPE = "waystation", "waystation, bfloat16", "TRL's defaults, float32", "TRL's defaults, bfloat16", "the recipe"
-WAYS = (OURS, OURS16, TRL, TRL16, RECIPE)
+OURS, TRL, RECIPE = "waystation", "TRL's defaults", "the recipe"
+WAYS = tuple(f"{way}, {dtype}" for dtype in ("bfloat16", "float32") for way in (OURS, TRL, RECIPE))
 EIGHT, MODEL = 8, "asset:smollm2-135m"
 SAME = dict(learning_rate=1e-3, warmup_steps=0, lr_scheduler_type="cosine", weight_decay=0.0, max_grad_norm=1.0, seed=0, use_cpu=True, report_to=[],
             save_strategy="no", logging_steps=1, disable_tqdm=True)  # fmt: skip
@@ -51,29 +51,29 @@ def measured(run):
     return dict(cpu=cpu, wall=wall, peak=peak / 1024)
 
 
-def frozen(dtype="float32"):
+def frozen(dtype):
     "The model in four bits, as the station has it."
     from waystation.assets import resolve
     from waystation.training.trainer import load_model
     return load_model(resolve(MODEL, "model").path, "qlora", dtype)
 
 
-def ours(folder: Path, steps: int, dtype="float32"):
+def ours(folder: Path, steps: int, dtype: str):
     "The station's own steps, checkpoints included; rows in, adapter out."
     from waystation.recipe import begin
     from waystation.stations.train import train
-    from waystation.training import trainer
     from waystation.training.trainer import fit, prepare
-    trainer.precision = lambda: (dtype, "asked for")
+    os.environ["WAYSTATION_PRECISION"] = dtype
     params = {k: p.default for k, p in inspect.signature(train).parameters.items()}
     params |= dict(run="bench", store=str(folder / "store"), data=str(folder / "rows.jsonl"), eval_data=str(folder / "held.jsonl"), max_steps=steps,
                    learning_rate=SAME["learning_rate"], warmup_steps=SAME["warmup_steps"])  # fmt: skip
     with begin("train", params) as job:
         course = prepare(job)
+        assert course.precision == dtype
         return measured(lambda: fit(course, job)), course.model
 
 
-def trl(folder: Path, steps: int, dtype="float32"):
+def trl(folder: Path, steps: int, dtype: str):
     "SFTTrainer as it comes, with the same adapter and schedule; rows of prompt and completion, so that it scores completions only."
     import torch
     import transformers
@@ -94,7 +94,7 @@ def trl(folder: Path, steps: int, dtype="float32"):
     return measured(trainer.train), trainer.model
 
 
-def recipe(folder: Path, steps: int):
+def recipe(folder: Path, steps: int, dtype: str):
     "transformers' Trainer: one row at a time, eight of them a step, padded to the limit, a loss over every token, the template's own system message."
     import transformers
     from datasets import Dataset
@@ -105,9 +105,9 @@ def recipe(folder: Path, steps: int):
     texts = [tok.apply_chat_template([m for m in r["prompt"] + r["completion"] if m["role"] != "system"], tokenize=False) for r in lines(folder / "rows.jsonl")]
     rows = Dataset.from_list([dict(tok(t, truncation=True, max_length=512, padding="max_length")) for t in texts])
     args = transformers.TrainingArguments(str(folder / "out"), max_steps=steps, per_device_train_batch_size=1, gradient_accumulation_steps=EIGHT,
-                                          dataloader_pin_memory=False, **SAME)  # fmt: skip
+                                          bf16=dtype == "bfloat16", dataloader_pin_memory=False, **SAME)  # fmt: skip
     transformers.set_seed(0)
-    model = get_peft_model(frozen(), LoraConfig(**LORA))
+    model = get_peft_model(frozen(dtype), LoraConfig(**LORA))
     trainer = transformers.Trainer(model, args, train_dataset=rows, data_collator=transformers.DataCollatorForLanguageModeling(tok, mlm=False))
     return measured(trainer.train), model
 
@@ -117,8 +117,8 @@ def worker(way: str, folder: Path, steps: int) -> None:
     torch.set_num_threads(1)
     from waystation.training.trainer import quiet
     quiet()
-    run = {OURS: ours, OURS16: ours, TRL: trl, TRL16: trl, RECIPE: recipe}[way]
-    figures, model = run(folder, steps, *(["bfloat16"] if way in (OURS16, TRL16) else []))
+    name, dtype = way.split(", ")
+    figures, model = {OURS: ours, TRL: trl, RECIPE: recipe}[name](folder, steps, dtype)
     model.save_pretrained(folder / "adapter")
     (folder / "figures.json").write_text(json.dumps(figures))
 
@@ -137,12 +137,13 @@ def score(adapters: dict, held: Path) -> dict:
     @torch.inference_mode()
     def loss(model):
         total = count = 0
-        for n, ids in rows:
+        for row in rows:
+            n, ids = row.before, row.ids
             logits = model(torch.tensor([ids]), use_cache=False, logits_to_keep=len(ids) - n + 1).logits[0, :-1].float()
             total += float(torch.nn.functional.cross_entropy(logits, torch.tensor(ids[n:]), reduction="sum"))
             count += len(ids) - n
         return total / count
-    base = frozen().eval()
+    base = frozen("float32").eval()
     found = {"the untouched model": loss(base)}
     for way, folder in adapters.items():
         model = PeftModel.from_pretrained(base, folder).eval()
@@ -162,8 +163,8 @@ def rows(folder: Path, steps: int) -> dict:
     for name, some in (("rows", taken), ("held", held)):
         (folder / f"{name}.jsonl").write_text("".join(json.dumps(r) + "\n" for r in some))
     coded = code_rows([normalise(r) for r in taken], AutoTokenizer.from_pretrained(resolve(MODEL, "model").path))
-    n = [len(ids) for _, ids in coded]
-    return dict(rows=len(n), held=len(held), tokens=sum(n), completion=sum(len(ids) - k for k, ids in coded), shortest=min(n),
+    n = [len(row.ids) for row in coded]
+    return dict(rows=len(n), held=len(held), tokens=sum(n), completion=sum(len(row.ids) - row.before for row in coded), shortest=min(n),
                 median=int(statistics.median(n)), longest=max(n), limit=512)  # fmt: skip
 
 
@@ -188,10 +189,11 @@ def measure(ways: list[str], steps: int, rounds: int, work: Path) -> dict:
             adapters[way] = folder / "adapter"
             print(r, way, {k: round(v, 1) for k, v in found[way][-1].items()}, file=sys.stderr, flush=True)
     losses = score(adapters, work / "held.jsonl")
-    first = [x["cpu"] for x in found[OURS]] if OURS in found else None
+    def beside(way):  # by rounds, at the same precision
+        first = found.get(f"{OURS}, {way.split(', ')[1]}")
+        return spread(x["cpu"] / f["cpu"] for x, f in zip(found[way], first, strict=True)) if first else None
     result = {w: dict(cpu=spread(x["cpu"] for x in f), wall=spread(x["wall"] for x in f), peak=spread(x["peak"] for x in f), loss=round(losses[w], 4),
-                      tokens=spread(about["completion"] / x["cpu"] for x in f),
-                      slower=spread(x["cpu"] / c for x, c in zip(f, first, strict=True)) if first else None) for w, f in found.items()}  # fmt: skip
+                      tokens=spread(about["completion"] / x["cpu"] for x in f), slower=beside(w)) for w, f in found.items()}  # fmt: skip
     return dict(about=about | dict(steps=steps), before=round(losses["the untouched model"], 4), ways=result)
 
 
@@ -199,14 +201,17 @@ def tables(result: dict) -> str:
     a = result["about"]
     out = [f"{a['steps']} steps of {EIGHT} rows: {a['rows']} rows of the banking questions, {a['tokens']:,} tokens, of which {a['completion']:,} are completions; "
            f"lengths {a['shortest']} to {a['longest']}, median {a['median']}. Held-out loss of the untouched model {result['before']:.3f}.", "",
-           "| | completion tokens a CPU second | CPU s | beside waystation in float32 | peak MB | held-out loss |", "|---|---|---|---|---|---|"]  # fmt: skip
+           "| | completion tokens a CPU second | CPU s | CPU time beside waystation at that precision | peak MB | held-out loss |",
+           "|---|---|---|---|---|---|"]  # fmt: skip
     for way, w in result["ways"].items():
-        s, b = w["slower"], "**" if way == OURS else ""
-        out.append(f"| {b}{way}{b} | {w['tokens']['median']:.1f} | {w['cpu']['median']:.1f} | {b}{s['median']:.2f}{b} ({s['min']:.2f} to {s['max']:.2f}) "
-                   f"| {w['peak']['max']:,.0f} | {w['loss']:.3f} |")
-    v, cpu = result["versions"], {way: w["cpu"]["median"] for way, w in result["ways"].items()}
-    n = result["ways"][OURS]["cpu"]["n"]
-    out += ["", f"At equal precision TRL's defaults take {cpu[TRL] / cpu[OURS]:.2f} times as long in float32, {cpu[TRL16] / cpu[OURS16]:.2f} times in bfloat16."]
+        s, b = w["slower"], "**" if way.startswith(OURS) else ""
+        beside = "1" if b else f"{s['median']:.2f} ({s['min']:.2f} to {s['max']:.2f})"
+        out.append(f"| {b}{way}{b} | {w['tokens']['median']:.1f} | {w['cpu']['median']:.1f} | {beside} | {w['peak']['max']:,.0f} | {w['loss']:.3f} |")
+    best = {name: min(w["cpu"]["median"] for way, w in result["ways"].items() if way.startswith(name)) for name in (TRL, RECIPE)}
+    chosen, v = result["ways"][f"{OURS}, {result['chosen']}"]["cpu"], result["versions"]
+    n = chosen["n"]
+    out += ["", f"`train` chooses {result['chosen']} on this CPU. Beside that, TRL's defaults take {best[TRL] / chosen['median']:.2f} times as long "
+                f"at their best precision, and the recipe {best[RECIPE] / chosen['median']:.2f} times at its own."]  # fmt: skip
     return "\n".join([*out, f"Taken {result['date']} on one core of {result['machine']}, {n} round{'s' if n > 1 else ''}; "
                       + ", ".join(f"{k} {x}" for k, x in v.items()) + "."]) + "\n"
 
@@ -219,7 +224,7 @@ def write_table() -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3)
-    parser.add_argument("--rounds", type=int, default=1)
+    parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--way", choices=WAYS, action="append", help="only these; prints, and writes nothing")
     parser.add_argument("--work", type=Path, help="a folder for what is measured: what it holds already is not run again")
     parser.add_argument("--table", action="store_true")
@@ -231,14 +236,14 @@ def main() -> None:
         return write_table()
     from importlib.metadata import version
 
-    from waystation.runtime import devices
+    from waystation.runtime import devices, precision
     with tempfile.TemporaryDirectory() as tmp:
         work = args.work or Path(tmp)
         work.mkdir(exist_ok=True)
         result = measure(args.way or list(WAYS), args.steps, args.rounds, work)
     if args.way:
         return print(json.dumps(result, indent=1))
-    result |= dict(date=date.today().isoformat(), machine=f"{devices()[-1].name} ({platform.machine()}, {os.cpu_count()} threads)",
+    result |= dict(chosen=precision()[0], date=date.today().isoformat(), machine=f"{devices()[-1].name} ({platform.machine()}, {os.cpu_count()} threads)",
                    versions={p: version(p) for p in ("torch", "transformers", "trl", "peft", "bitsandbytes")})  # fmt: skip
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(tables(result))

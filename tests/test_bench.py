@@ -56,10 +56,10 @@ def test_the_table_of_training_is_the_measured_one():
     shown = b.GUIDE.read_text().split(b.BEGIN)[1].split(b.END)[0]
     result = json.loads(b.RESULT.read_text())
     assert shown.strip() == b.tables(result).strip(), "run `python benchmarks/train.py --table`, which writes it, and `make build`"
-    ours, others = result["ways"][b.OURS], {w: result["ways"][w] for w in (b.TRL, b.RECIPE)}
-    assert others[b.TRL]["slower"]["median"] >= 1.5 and others[b.RECIPE]["slower"]["median"] >= 2
-    assert all(ours["loss"] <= w["loss"] and ours["peak"]["max"] <= w["peak"]["max"] for w in others.values())
-
+    for dtype in ("bfloat16", "float32"):
+        ours, trl, recipe = (result["ways"][f"{way}, {dtype}"] for way in (b.OURS, b.TRL, b.RECIPE))
+        assert ours["cpu"]["n"] >= 3 and trl["slower"]["median"] >= 1.5 and recipe["slower"]["median"] >= 2
+        assert all(ours["loss"] <= 1.01 * way["loss"] and ours["peak"]["max"] <= way["peak"]["max"] for way in (trl, recipe))
 
 
 @pytest.mark.slow

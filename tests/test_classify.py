@@ -24,10 +24,13 @@ TREE = {"K": ["Pa", "Pb"], "Pa": ["Ga", "Gb"], "Pb": ["Gc", "Gae"]}
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory):
+    return random_encoder(tmp_path_factory.mktemp("model"))
+
+
+def random_encoder(folder):
     "A random BERT of two layers over 6-mers, without a pooler's weights, as published encoders are."
     from transformers import BertConfig, BertModel
 
-    folder = tmp_path_factory.mktemp("model")
     torch.manual_seed(0)
     sizes = dict(vocab_size=4105, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=2, max_position_embeddings=64)
     BertModel(BertConfig(**sizes, pad_token_id=1, type_vocab_size=1), add_pooling_layer=False).save_pretrained(folder)
@@ -170,6 +173,17 @@ def test_a_kill_changes_nothing(go, tmp_path, power_goes, stop_at, features):
         assert resumed[key] == whole[key], key
 
 
+@pytest.mark.parametrize("features", ["", "depth"])
+def test_halved_rows_learn_the_same(go, features):
+    "Every seventh genus is unknown, so that the halves of a step know it unequally often; and held-out rows are not a multiple of what is taken at once."
+    how = dict(features=features, lora_dropout=0.0, max_steps=4, eval_steps=2, learning_rate=0.02)
+    whole, fewer = go(run="whole", **how), go(run="fewer", batch_size=2, grad_accum=4, **how)
+    for key in ("loss", "evals"):
+        for (s, a), (t, b) in zip(whole[key], fewer[key], strict=True):
+            assert s == t and a == pytest.approx(b, rel=1e-4), key
+    assert whole["eval_loss"]["before"] == pytest.approx(fewer["eval_loss"]["before"], rel=1e-5)
+
+
 def test_features_beside_the_sequence(go, model, tmp_path):
     "What depth tells is learnt by a branch that is saved, and whoever does not know of it loads the rest."
     from peft import PeftModel
@@ -283,13 +297,13 @@ def test_label_maps_are_the_same_in_every_process(tmp_path):
 def test_a_missing_rank_teaches_nothing(go, tmp_path):
     "A run in which a column is empty but for two rows trains that level on these two; the others move no weight of its head."
     data = [json.loads(line) for line in Path(rows(tmp_path / "a.jsonl")).read_text().splitlines()]
-    from waystation.training.taxonomy import hierarchical_loss
+    from waystation.training.taxonomy import level_losses, over_levels
 
     labels = make_labels(read_levels("phylum,genus"), data)
     numbers = torch.tensor(labels.numbers(data))
     assert 0 < (numbers[:, 1] < 0).sum() < len(data)
     logits = torch.randn(len(data), sum(labels.sizes), requires_grad=True)
-    hierarchical_loss(logits, numbers, labels.sizes, [1.8, 0.8]).backward()
+    over_levels(level_losses(logits, numbers, labels.sizes).sum(0), (numbers >= 0).sum(0), [1.8, 0.8]).backward()
     genus = logits.grad[:, labels.sizes[0]:].abs().sum(1)
     assert ((genus > 0) == (numbers[:, 1] >= 0)).all() and (logits.grad[:, :labels.sizes[0]].abs().sum(1) > 0).all()
 

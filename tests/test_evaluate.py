@@ -51,6 +51,26 @@ def test_the_command_agrees_with_the_report_of_the_training(trained, tmp_path, m
     assert told.split()[0] == "model" and "perplexity" in told and "tuned" not in told
 
 
+@pytest.mark.parametrize("max_length", [128, 80])
+def test_one_loss_everywhere(tmp_path, monkeypatch, max_length):
+    "Rows of two words and of twenty-two, in batches of two: what a token weighs depends neither on its batch nor on who asks. `merge` cuts rows as training did."
+    from waystation.training import report, trainer
+    from waystation.training.merge import merge
+
+    for part in (report, trainer):
+        monkeypatch.setattr(part, "generate_answers", lambda model, tokenizer, rows, **kw: [""] * len(rows))
+    held = [{"prompt": f"Spell {i}.", "completion": "so " * n + "it is."} for i, n in enumerate((1, 20, 0, 5, 2))]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in held))
+    r = tiny_run(tmp_path, method="lora", batch_size=2, max_steps=2, max_length=max_length, eval_data=str(tmp_path / "held.jsonl"))
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
+    store = Store(str(tmp_path / "store"))
+    merged = merge("models/t/v1", str(tmp_path / "store"))["metrics"]
+    assert merged["adapter"]["loss"]["value"] == pytest.approx(r["eval_loss"]["after"], rel=5e-5) and r["cut_rows"] == (max_length == 80)
+    found = report_answers(Path(r["adapter"]), read_rows(tmp_path / "held.jsonl"), store, max_new=1)["metrics"]
+    for who, when in (("base", "before"), ("tuned", "after")):
+        assert (found[who]["loss"]["value"] == pytest.approx(r["eval_loss"][when], rel=5e-5)) == (max_length == 128)
+
+
 def test_grounded_rows(trained, tmp_path, monkeypatch):
     tmp, _ = trained
     asked = read_rows(grounded(tmp_path / "g.jsonl"))

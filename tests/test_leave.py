@@ -1,5 +1,6 @@
 """What leaves the station: a sealed folder that is complete, a base that stayed as it was, one merged model, and none of it needs waystation."""
 
+import dataclasses
 import json
 import os
 import subprocess
@@ -161,6 +162,29 @@ def test_what_cannot_be_merged(trained, store, monkeypatch, tmp_path):
     Store(store).seal(None, "models/other/v1", {})
     with pytest.raises(Refused, match="no adapter that train has sealed"):
         merge("store:models/other/v1", store)
+
+
+def test_rows_of_another_file_have_columns_of_their_own(trained, store, tmp_path, monkeypatch):
+    "By their usual names, by names that are given, or by those of the training."
+    real, before = part.sealed_adapter, dict(columns="prompt=question, completion=answer")
+
+    def asked_otherwise(*args):
+        seal = real(*args)
+        return dataclasses.replace(seal, meta=seal.meta | dict(params=seal.meta["params"] | before))
+
+    monkeypatch.setattr(part, "sealed_adapter", asked_otherwise)
+    monkeypatch.setattr(part, "_merged", lambda job, seal, rows: dict(rows=part.held_rows(job, rows)))
+    asked, said = "Is it free?", "Yes, it is."
+    (tmp_path / "usual.jsonl").write_text(json.dumps(dict(prompt=asked, completion=said)))
+    (tmp_path / "training.csv").write_text(f'question,answer\n{asked},"{said}"\n')
+    (tmp_path / "other.csv").write_text(f'asks,tells\n{asked},"{said}"\n')
+    found = [merge("models/t/v1", store, data=str(tmp_path / f), columns=c, restart=True)["rows"]
+             for f, c in (("usual.jsonl", ""), ("training.csv", ""), ("other.csv", "prompt=asks, completion=tells"))]  # fmt: skip
+    assert [(r["prompt"][0]["content"], r["completion"][0]["content"]) for rows in found for r in rows] == [(asked, said)] * 3
+    with pytest.raises(Refused, match=r"columns='prompt=question, completion=answer': no row of .*other.csv has 'question', 'answer'; there are asks, tells"):
+        merge("models/t/v1", store, data=str(tmp_path / "other.csv"), restart=True)
+    with pytest.raises(Refused, match="give data, too"):
+        merge("models/t/v1", store, columns="prompt=asks, completion=tells")
 
 
 @pytest.mark.slow

@@ -139,6 +139,25 @@ def test_settings_that_never_happen(look):
         look(made(), max_steps=0, epochs=0)
 
 
+def test_rows_that_early_stop_sets_aside(look, tmp_path, model):
+    "An epoch has fewer steps then, in lint as in train and in its preflight; an evaluation at the last step of before would never come."
+    from waystation.training.fit import preflight
+
+    how = dict(max_steps=0, batch_size=2, warmup_steps=0)
+    plain = look(made(100), **how)[1]
+    rules, said = look(made(100), **how, early_stop=1, eval_steps=1)
+    assert rules == {} and said["set_aside"] > 2 and said["rows"] + said["set_aside"] == plain["rows"]
+    assert said["steps"] == -(-said["rows"] // 2) < plain["steps"] and f"{said['set_aside']} to stop by" in said["text"]
+    assert look(made(100), **how, eval_steps=plain["steps"])[0] == {}
+    assert look(made(100), **how, eval_steps=plain["steps"], early_stop=1)[0].keys() == {"evaluation"}
+    assert look(made(100), **how, early_stop=1)[0].keys() == {"early-stop"}
+    labelled = dict(how, task="classify", labels="kind", model="asset:kmer-random", early_stop=1, eval_steps=1)
+    labels = look([{"text": sentence(i), "kind": "ab"[i % 2]} for i in range(100)], **labelled)[1]
+    assert labels["set_aside"] > 2 and labels["rows"] + labels["set_aside"] + sum(labels["held_out"].values()) == 100
+    defaults = {k: v.default for k, v in inspect.signature(train).parameters.items()} | how | dict(model=model, data=write(tmp_path / "rows.jsonl", made(100)))
+    assert [preflight(defaults | dict(early_stop=n, eval_steps=n), "t4")["steps"] for n in (0, 1)] == [plain["steps"], said["steps"]]
+
+
 def test_edges(look, tmp_path):
     with pytest.raises(Refused, match="has no rows"):
         look([])
@@ -175,6 +194,13 @@ def test_labels(look, tmp_path):
     assert look(rows, **how | dict(labels="all"))[0]["labels"]["level"] == "error"
     with pytest.raises(Refused, match="labels='' names nothing"):
         look(rows, task="classify")
+    for other in (dict(columns="prompt=a, completion=b"), dict(system="Be brief.")):
+        said = set()
+        for ask in (lambda **p: look(rows, **p), lambda **p: train(data=str(tmp_path / "rows.jsonl"), **p)):
+            with pytest.raises(Refused, match="are for questions and answers; classify names its columns by text, labels and features") as e:
+                ask(**how | other)
+            said.add(str(e.value))
+        assert len(said) == 1, "in the same words"
 
 
 def test_near_is_exact_about_what_it_tells():

@@ -280,6 +280,21 @@ def test_rows_laid_flat_learn_what_padded_rows_learn(go, monkeypatch):
     assert flat["eval_loss"]["after"] == pytest.approx(padded["eval_loss"]["after"], rel=1e-4)
 
 
+def test_held_out_rows_go_in_pieces_too(go, tmp_path, monkeypatch):
+    "As in training, and with as many rows at once, so that the evaluation is not what memory runs out in."
+    from waystation.training import trainer
+
+    at_once, arrange = {True: [], False: []}, trainer.arrange
+    monkeypatch.setattr(trainer, "arrange", lambda batch, share: at_once[torch.is_grad_enabled()].append(int(batch["lengths"].sum())) or arrange(batch, share))
+    monkeypatch.setattr(trainer, "generate_answers", lambda model, tokenizer, rows, **kw: [""] * len(rows))
+    monkeypatch.setattr(trainer, "PIECE", 150)
+    long = [{"prompt": f"Spell {i}: {i * 'x'}.", "completion": "so " * 20} for i in range(16)]
+    (tmp_path / "held.jsonl").write_text("".join(json.dumps(r) + "\n" for r in long))
+    go(max_steps=1, eval_steps=0, batch_size=16, eval_data=str(tmp_path / "held.jsonl"), eval_rows=0)
+    assert sum(at_once[False]) > 2 * 16 * 100, "all of them, before and after"
+    assert max(at_once[False]) <= 150 + 128, "no more than a piece and the row that ends it"
+
+
 def test_a_checkpoint_of_padded_rows_goes_on_and_says_so(go, power_goes, monkeypatch):
     from waystation.training import trainer
 

@@ -29,12 +29,13 @@ pytestmark = [pytest.mark.slow, pytest.mark.timeout(size(600, 3600))]
 # What is trained; a new way to train (packing, …) is one more line.
 CASES = {
     "sft, NF4": dict(method="qlora", lora_dropout=0.1),
+    "sft, NF4, bfloat16": dict(method="qlora", lora_dropout=0.1),
     "sft, float32": dict(method="lora", eval_steps=4, keep_last=2),
     "sft, float32, early stop": dict(method="lora", eval_steps=2, early_stop=3, learning_rate=0.02),
     "classify, float32": dict(task="classify", text="sequence", labels="kingdom,phylum,genus", max_length=32, eval_steps=4, lora_dropout=0.1),
     "grpo, float32": dict(task="grpo", method="lora", rewards="length", generations=4),
 }
-SHORT = ("sft, NF4", "classify, float32")
+SHORT = ("sft, NF4, bfloat16", "classify, float32")
 
 # Two slots of 32 bytes in a file: how often something was said and what; and what the thread that seals does.
 MOTHER = """
@@ -105,6 +106,7 @@ for line in sys.stdin:
             names = os.open(told["slots"] + ".names", os.O_CREAT | os.O_WRONLY | os.O_TRUNC)
             say("start")
             random.seed(os.getpid()), numpy.random.seed(os.getpid()), torch.manual_seed(os.getpid())
+            os.environ["WAYSTATION_PRECISION"] = told["precision"]
             train(**told["params"])
             code = 0
         except BaseException: traceback.print_exc()
@@ -132,7 +134,7 @@ class Mother:
 
     def start(self, params):
         (self.folder / "slots").write_bytes(b"")
-        told = dict(params=params, log=str(self.folder / "log"), slots=str(self.folder / "slots"))
+        told = dict(params=params, precision=self.precision, log=str(self.folder / "log"), slots=str(self.folder / "slots"))
         print(json.dumps(told), file=self.p.stdin, flush=True)
         return int(self.p.stdout.readline())
 
@@ -205,9 +207,11 @@ def test_kill_at_any_moment(case, mother, encoder, tmp_path):  # noqa: F811
         found = store.read(f"runs/{run}/train/1/report").meta
         return {k: found[k] for k in ("adapter_sha256", "loss", "evals", "eval_loss", "metrics", "samples", "reward") if k in found}
 
+    mother.precision = mother.apart.precision = "bfloat16" if case.endswith("bfloat16") else "float32"
     with Clock() as clock:
         entries = mother.apart.run(params | dict(run="calm"))
         want = report("calm")
+        assert store.read("runs/calm/train/1/report").meta["precision"] == mother.precision
         while sum(hits.values()) < kills:
             run, runs = params | dict(run=f"r{runs}"), runs + 1
             assert runs < 4 * kills, "every run was faster than its kill"

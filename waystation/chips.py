@@ -73,11 +73,18 @@ SLICES = {s.name: s for s in [
     Slice('a100',  'A100', 1, 1, ''),          Slice('h100',  'H100', 1, 1, ''),        Slice('cpu',   '',    1, 1, ''),
 ]}
 
-# %% ../nbs/00_chips.ipynb #6519892d
-def cpu_tflops() -> float:
-    "What this machine's CPU reaches in a float32 matrix multiplication, the best of five."
-    import numpy as np
-    a, best = np.ones((1024, 1024), np.float32), 0.
+# %% ../nbs/00_chips.ipynb #3f676b1c
+def cpu_tflops(
+    kind:str='float32', # Or 'bfloat16', of a CPU that has instructions for it
+) -> float:
+    "What this machine's CPU reaches in a matrix multiplication, the best of five."
+    if kind == 'float32':  # without torch, which `embed` may lack
+        import numpy as np
+        a:Any = np.ones((1024, 1024), np.float32)
+    else:
+        import torch
+        a = torch.ones(1024, 1024, dtype=getattr(torch, kind))
+    best = 0.
     for _ in range(5):
         began = time.perf_counter()
         a @ a

@@ -5,14 +5,14 @@
 # %% auto #0
 __all__ = ['train']
 
-# %% ../../nbs/stations/2_train.ipynb #1e2740e4
+# %% ../../nbs/stations/2_train.ipynb #215a4e27
 from typing import Any
 
 from ..gates import read_gates
 from ..recipe import begin
-from ..runtime import Refused, is_main
+from ..runtime import is_main
 
-# %% ../../nbs/stations/2_train.ipynb #5cb311f1
+# %% ../../nbs/stations/2_train.ipynb #dc1e4b4d
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -59,26 +59,26 @@ def train(
     "Fine-tune a model, and measure it on held-out rows before and after."
     params = dict(locals())
     read_gates(gates)  # what cannot be read is refused first
-    if task not in ('sft', 'grpo', 'classify'):
-        raise Refused(f"task={task!r} is not known; there are 'sft' (answer as the completions do), 'grpo' (answer so that marks rise) and 'classify' (labels)")
-    if task == 'classify' and (columns or system):
-        raise Refused(f'columns={columns!r} and system={system!r} are for questions and answers; classify names its columns by text, labels and features')
+    from waystation.training.lint import check_task, summary
+    check_task(params)
     with begin('train', params) as job:
         if report := job.judged(): return report
         if task == 'classify':
             from waystation.embedding.tokens import read_tokenizer  # the same tokens as when the encoder embeds
             from waystation.training.classifier import classify
             return classify(job, read_tokenizer)
-        from waystation.training.lint import summary
-        from waystation.training.trainer import conclude, examine, fit_in, prepare
+        from waystation.training.room import EXAMINED, fit_in, one_sentence
+        from waystation.training.trainer import check_frozen, conclude, examine, fit, prepare
         if task == 'grpo':
             from waystation.training.rewards import check_answers, reinforce
             check_answers(params)
         def make():
             course = prepare(job)  # refuses what cannot work
             return reinforce(course, job) if task == 'grpo' else course
-        course, before, fitted = fit_in(make, examine, job)
-        after = examine(course)
-        if not is_main(): return {}  # of several processes, the main one has the report
+        course, before, fitted = fit_in(make, examine, fit, job)
+        with one_sentence(*EXAMINED): after = examine(course)
+        if not is_main():
+            if course.plan.sharded: check_frozen(course)  # a part of the weights is here
+            return {}  # of several processes, the main one has the report
         done = conclude(course, job, before, fitted, after)
         return job.finish(done | {'lint': summary(course.lint)}, {'adapter': (done['model'], '')}, [done['model']])

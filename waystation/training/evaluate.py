@@ -59,7 +59,7 @@ def word_overlap(row: dict) -> str:  # An output, to be marked like a model's
     at = max(ends, key=lambda i: shared(' '.join(body[:i].split()[-6:])))  # a key has at most about six words
     return f"{' '.join(body[at:].split()[:8])} [{best['label']}]"
 
-# %% ../../nbs/training/12_evaluate.ipynb #5aaec9bb
+# %% ../../nbs/training/12_evaluate.ipynb #2445bade
 def generate_answers(
     model: Any,            # A transformers causal model
     tokenizer: Any,        # Its tokenizer, with a chat template
@@ -83,10 +83,10 @@ def generate_answers(
         width = max(len(asked[i]) for i in batch)
         ids = torch.tensor([[pad] * (width - len(asked[i])) + asked[i] for i in batch], device=model.device)
         mask = torch.tensor([[0] * (width - len(asked[i])) + [1] * len(asked[i]) for i in batch], device=model.device)
-        try:
-            with torch.inference_mode(): new = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)[:, width:]
+        try:  # not in inference_mode: what a model in parts gathers into would be closed to a training that follows
+            with torch.no_grad(): new = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)[:, width:]
         except torch.OutOfMemoryError:
-            if len(batch) == 1: raise
+            if len(batch) == 1 or getattr(model, '_is_fsdp_managed_module', False): raise  # with a model in parts, all must halve or none
             batch_size = len(batch)//2
             continue
         start += len(batch)

@@ -6,7 +6,7 @@
 __all__ = ['FOUR_BITS', 'ADAMW', 'ADAMW_8BIT', 'HOLES', 'MAPPED', 'WORKSPACE', 'FIRST_USE', 'ASSUMED', 'skeleton', 'standing',
            'Shape', 'Way', 'batches', 'in_heap', 'Ledger', 'walk', 'passing', 'memory', 'preflight', 'report']
 
-# %% ../../nbs/training/18_fit.ipynb #ad988fff
+# %% ../../nbs/training/18_fit.ipynb #168bb4e4
 import gc, sys, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +17,7 @@ import numpy as np
 import psutil
 import torch
 from peft import LoraConfig, get_peft_model
+from peft.helpers import disable_input_dtype_casting
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -32,7 +33,7 @@ from ..store import Store
 from .chat import Coded, code_rows
 from .device import Plan, plan
 from .flat import arrange, collate, lay_flat, pieces
-from .lint import find_rows, refuse, steps_of
+from .lint import find_rows, refuse, set_aside, steps_of
 from .trainer import METHODS, PIECE, check_numbers, linear_modules, quiet, shares
 
 # %% ../../nbs/training/18_fit.ipynb #71944e6f
@@ -161,7 +162,7 @@ def _fill(model:Any) -> list[torch.Tensor]: # All of them, kept alive by the mod
         if w.requires_grad: w.grad = torch.empty_like(w)
     return [y for _, y in made.values()]
 
-# %% ../../nbs/training/18_fit.ipynb #86ed540e
+# %% ../../nbs/training/18_fit.ipynb #6bc7a734
 def walk(
     model:Any,           # Of `skeleton`
     shape:Shape,         # Of what goes through it at once
@@ -184,7 +185,8 @@ def walk(
             hidden.register_hook(left)
             return hidden, *args[1:]
         hook = model.get_output_embeddings().register_forward_pre_hook(reached)
-        with count, ledger, torch.autocast('cpu', dtype=dtype, enabled=dtype != torch.float32):
+        half = dtype != torch.float32
+        with count, ledger, torch.autocast('cpu', dtype=dtype, enabled=half), disable_input_dtype_casting(model, half):  # as the trainer has it
             out = model(**asked, use_cache=False, logits_to_keep=keep)
             torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), labels, reduction='sum').backward()
         hook.remove()
@@ -239,7 +241,7 @@ def memory(
     found = dict(workspace=WORKSPACE) if gpu else dict(python_and_libraries=libraries/2**30)
     return found | {k: v/2**30 for k, v in parts.items()}, loading/2**30, count
 
-# %% ../../nbs/training/18_fit.ipynb #a5a4dab1
+# %% ../../nbs/training/18_fit.ipynb #77dacba6
 def _check(p:dict[str,Any], chip:str, utilisation:float, session_hours:float) -> Slice:
     "Refuse what is wrong with the arguments alone."
     able = [s.name for s in SLICES.values() if not s.topology]
@@ -265,9 +267,10 @@ def _rows(p:dict[str,Any], path:Path, place:Any, way:Way) -> tuple[Shape,float,i
     except (OSError, ValueError) as e:
         raise Refused(f"model={p['model']!r} has no tokenizer that could count the tokens of data={p['data']!r} ({str(e).splitlines()[0]}); data='' takes "
                       'every row as max_length tokens') from e
+    train, _ = set_aside(p, train)
     return *batches(code_rows(train, tokenizer), p, way), steps_of(p, len(train))
 
-# %% ../../nbs/training/18_fit.ipynb #0ffa57ac
+# %% ../../nbs/training/18_fit.ipynb #136ac5b6
 def preflight(
     p:dict[str,Any],           # Parameters of `train`
     chip:str='cpu',            # A slice that is no TPU
@@ -292,7 +295,7 @@ def preflight(
     parts, loading, count = memory(model, path, p['method'], shape, how, gpu)
     limit, what = (slice.memory_gb*1e9/2**30, f'{slice.memory_gb:g} GB as sold') if gpu else (host_memory()['total_gb']*1e9/2**30, "this machine's memory")
     operations = count/shape.slots*mean*p['grad_accum']*steps
-    peak, share = slice.peak_tflops if gpu else cpu_tflops(), utilisation or ASSUMED
+    peak, share = slice.peak_tflops if gpu else cpu_tflops(how.precision), utilisation or ASSUMED
     most = max(sum(parts.values()), loading)
     found = dict(station='train', model=p['model'], chip=chip, method=p['method'], dtype=how.precision, steps=steps,
                  rows=shape.rows, width=shape.width, scored=shape.scored, flat=way.flat,

@@ -6,7 +6,7 @@
 __all__ = ['CARD', 'NOTE', 'KINDS', 'save_merged', 'sealed_adapter', 'check_rows', 'held_rows', 'converter', 'check_gguf',
            'write_gguf', 'merge']
 
-# %% ../../nbs/training/18_merge.ipynb #4642fdc6
+# %% ../../nbs/training/18_merge.ipynb #7894c0ec
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 from typing import Any
@@ -24,7 +24,7 @@ from ..recipe import begin, station_parameters
 from ..runtime import Refused, settings
 from ..seal import Seal
 from ..store import Store
-from .chat import code_rows
+from .chat import code_rows, usual_names
 from .evaluate import score, wilson
 
 # %% ../../nbs/training/18_merge.ipynb #1930b5cf
@@ -76,7 +76,7 @@ def held_rows(
     found = [r for some in _rows(job)[1].values() for r in some][:job.params['eval_rows'] or None]
     return found[:rows or None]
 
-# %% ../../nbs/training/18_merge.ipynb #f199bc47
+# %% ../../nbs/training/18_merge.ipynb #ca3ef7cc
 CARD = """---
 library_name: transformers
 tags: [waystation]
@@ -101,13 +101,13 @@ NOTE = """
 The adapter was trained beside weights in **four bits**; these are the whole ones. What is here was never trained as it is.
 """
 
-def _ask(folder: Path, base: Path | None, method: str, held: list[dict]) -> tuple[list[str], dict[str, dict]]: # Answers, figures
+def _ask(folder: Path, base: Path | None, method: str, held: list[dict], room: int) -> tuple[list[str], dict[str, dict]]: # Answers, figures
     model, tokenizer = open_model(folder, base, method)
     longest = max(sum(x['completion_mask']) for x in encode(code_rows(held, tokenizer), 10**9)[0])
-    outputs, figures = language(model, tokenizer, held, 2*longest)  # room for a model that says the same in more words, as in training
+    outputs, figures = language(model, tokenizer, held, 2*longest, room)  # answers may say the same in more words, as in training
     return outputs, score(held, outputs) | {k: figures[k] for k in ('loss', 'perplexity')}
 
-# %% ../../nbs/training/18_merge.ipynb #d0e2d066
+# %% ../../nbs/training/18_merge.ipynb #ee5ece10
 def _merged(job: Any, seal: Seal, rows: int) -> dict[str, Any]: # The finished report
     "Measure, merge, measure, seal."
     p, adapter, work = job.params, job.inputs['model'].path, job.work/'merged'
@@ -115,13 +115,14 @@ def _merged(job: Any, seal: Seal, rows: int) -> dict[str, Any]: # The finished r
     assert base  # it is an adapter, so it has one
     check_names(read_gates(p['gates']), [*score(held, ['']*len(held)), 'eval_loss'])
     name = f"{seal.name.rsplit('/', 1)[0]}-merged/v{job.attempt}"
-    before = job.read('adapter') or job.note('adapter', dict(zip(('outputs', 'metrics'), _ask(adapter, base, p['method'] or 'qlora', held), strict=True)))
+    def ask(folder, base, method): return dict(zip(('outputs', 'metrics'), _ask(folder, base, method, held, p['max_length']), strict=True))
+    before = job.read('adapter') or job.note('adapter', ask(adapter, base, p['method'] or 'qlora'))
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt}
     if not job.store.has(name):
         shutil.rmtree(work, ignore_errors=True)
         about |= {k: seal.meta[k] for k in ('base', 'base_fingerprint', 'system', 'data', 'data_fingerprint', 'params') if k in seal.meta}
         about |= {'adapter': seal.name, 'adapter_sha256': seal.files['adapter_model.safetensors']['sha256'], 'dtype': save_merged(adapter, base, work)}
-        outputs, metrics = _ask(work, None, 'lora', held)
+        outputs, metrics = ask(work, None, 'lora').values()
         about |= {'metrics': {'adapter': before['metrics'], 'merged': metrics}, 'versions': code_versions(),
                   'same_answers': wilson(sum(a == b for a, b in zip(before['outputs'], outputs, strict=True)), len(held))}
         _add_card(work, adapter, name, about, len(held))
@@ -170,7 +171,7 @@ def write_gguf(
         raise Refused(f"llama.cpp's converter could not write {to.name}: {last.strip()[:300]}. The merged model is sealed and stays; leave gguf out, or take a "
                       "newer llama.cpp")
 
-# %% ../../nbs/training/18_merge.ipynb #d213ad12
+# %% ../../nbs/training/18_merge.ipynb #d6df57c7
 def _gguf(job: Any, report: dict[str, Any], kind: str) -> str: # The seal's name
     "Seal the merged model as a GGUF file, once."
     if done := job.read(f'gguf-{kind}'): return done['model']
@@ -190,7 +191,8 @@ def _gguf(job: Any, report: dict[str, Any], kind: str) -> str: # The seal's name
 def merge(
     model: str,              # An adapter in the store
     store: str = '',         # Where it is; '' for the one in the settings
-    data: str = '',          # Held-out rows to measure on; '' for those of its training
+    data: str = '',          # Held-out rows to measure on: JSONL, Parquet or CSV; '' for those of its training
+    columns: str = '',       # Their columns of other names; '' for the usual names where they have those, else for the names of the training
     rows: int = 0,           # So many of them, the first; 0 for all
     gates: str = '',         # Demands; '' for those of its training
     gguf: str = '',          # One of KINDS; '' for none
@@ -202,12 +204,15 @@ def merge(
     read_gates(gates)
     place = Store(settings(store)['store'])
     seal = sealed_adapter(place, model)
+    if columns and not data: raise Refused(f"columns={columns!r} says how the rows of data are read, and data='' is those of the training; give data, too")
     if not data: check_rows(place, seal)
     quiet()
     was, step = seal.meta['params'], seal.meta['step']
     params = station_parameters('train') | was | {'run': seal.meta['run'], 'step': 'merge' if step == 'train' else f'{step}-merge', 'store': store,
               'model': f'store:{seal.name}', 'restart': restart, 'take_over': take_over, 'gates': gates or was.get('gates', ''), 'rows': rows}
-    if data: params |= {'data': data, 'eval_data': data, 'eval_rows': 0}  # read as the training reads rows
+    if data:
+        usual = usual_names(resolve(data, 'data', place).path)
+        params |= {'data': data, 'eval_data': data, 'eval_rows': 0, 'columns': columns or ('' if usual else was.get('columns', ''))}
     with begin('merge', params) as job:
         report = job.judged() or _merged(job, seal, rows)
         return report | ({'gguf': _gguf(job, report, gguf)} if gguf else {})

@@ -179,15 +179,16 @@ def row_losses(
         for i, r in enumerate(rows): sums[r], counts[r] = float(loss[i].sum()), int((labels[i] != -100).sum())
     return sums, counts
 
-# %% ../../nbs/training/16_report.ipynb #45851f39
+# %% ../../nbs/training/16_report.ipynb #d5a785c2
 def language(
     model: Any,            # A causal model
     tokenizer: Any,
     rows: list[dict],      # Normalised
     max_new: int,          # Tokens an answer may have
+    room: int = 0,         # Tokens a row may have in the loss; 0 for the model's positions
 ) -> tuple[list[str], dict[str, dict]]: # Answers, figures
     "Answers, and what they say of the model as a language model and as a machine."
-    room = getattr(model.config.get_text_config(), 'max_position_embeddings', 10**9)
+    room = room or getattr(model.config.get_text_config(), 'max_position_embeddings', 10**9)
     loss = ratio(*row_losses(model, encode(code_rows(rows, tokenizer), room)[0], tokenizer.pad_token_id or 0))
     began = time.perf_counter()
     outputs = generate_answers(model, tokenizer, rows, max_new=max_new)
