@@ -36,7 +36,7 @@ site: env ## the documentation, from the notebooks' saved outputs, in _site/
 test-colab: env ## setup, embed and export on Python 3.13 with the versions of Colab's image
 	tools/test_colab.sh
 
-bench: env ## store, embedding, tables and training beside other ways (8, 20, 30 and 60 minutes); writes their .json and the guides' tables
+bench: env ## store, embedding, tables and training beside other ways (8, 20, 30 and 20 minutes); writes their .json and the guides' tables
 	$(BIN)/python benchmarks/store.py
 	$(BIN)/python benchmarks/embed.py
 	$(BIN)/python benchmarks/export.py

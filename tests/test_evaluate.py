@@ -51,12 +51,13 @@ def test_the_command_agrees_with_the_report_of_the_training(trained, tmp_path, m
     assert told.split()[0] == "model" and "perplexity" in told and "tuned" not in told
 
 
-@pytest.mark.parametrize("max_length", [128, 80])
-def test_one_loss_everywhere(tmp_path, monkeypatch, max_length):
+@pytest.mark.parametrize("max_length, precision", [(128, "float32"), (80, "float32"), (128, "bfloat16")])
+def test_one_loss_everywhere(tmp_path, monkeypatch, max_length, precision):
     "Rows of two words and of twenty-two, in batches of two: what a token weighs depends neither on its batch nor on who asks. `merge` cuts rows as training did."
     from waystation.training import report, trainer
     from waystation.training.merge import merge
 
+    monkeypatch.setenv("WAYSTATION_PRECISION", precision)
     for part in (report, trainer):
         monkeypatch.setattr(part, "generate_answers", lambda model, tokenizer, rows, **kw: [""] * len(rows))
     held = [{"prompt": f"Spell {i}.", "completion": "so " * n + "it is."} for i, n in enumerate((1, 20, 0, 5, 2))]

@@ -295,6 +295,23 @@ def test_held_out_rows_go_in_pieces_too(go, tmp_path, monkeypatch):
     assert max(at_once[False]) <= 150 + 128, "no more than a piece and the row that ends it"
 
 
+def test_a_run_goes_on_in_the_precision_that_it_began_in(go, power_goes, monkeypatch):
+    "An older version chose float32 where this one chooses bfloat16: to the bit what it would have been. Who asks for another gets it, and is told."
+    how = dict(method="lora", eval_steps=0, max_steps=3)
+    calm = go(run="calm", **how)
+    power_goes(2, lambda: go(run="cut", **how))
+    power_goes(2, lambda: go(run="asked", **how))
+    monkeypatch.delenv("WAYSTATION_PRECISION")
+    for part in ("runtime", "training.device"):
+        monkeypatch.setattr(f"waystation.{part}.suits", lambda device: ("bfloat16", "in this test"))
+    cut = go(run="cut", **how)
+    assert (cut["resumed_from"], cut["precision"], cut["adapter_sha256"]) == (2, "float32", calm["adapter_sha256"])
+    assert "this run began in float32" in cut["why"]
+    monkeypatch.setenv("WAYSTATION_PRECISION", "bfloat16")
+    asked = go(run="asked", **how)
+    assert asked["precision"] == "bfloat16" and "steps up to 2 were done in float32" in asked["why"] and asked["adapter_sha256"] != calm["adapter_sha256"]
+
+
 def test_a_checkpoint_of_padded_rows_goes_on_and_says_so(go, power_goes, monkeypatch):
     from waystation.training import trainer
 

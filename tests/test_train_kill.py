@@ -2,7 +2,7 @@
 
 A process loads the libraries once and forks another for each command, so that a round costs what it trains and not what it imports. The
 child stirs all random states before it begins, and says in a file what it is doing; another process kills it at a random one of these
-things, each as likely as any other. `make prove` does twenty-five kills and more, and its undisturbed runs come from another such process;
+things, each as likely as any other. `make prove` does thirty kills, and its undisturbed runs come from another such process;
 tests/test_kill.py kills whole commands on a real model.
 """
 

@@ -104,7 +104,7 @@ def test_when_one_row_does_not_fit(go, tmp_path, card):  # noqa: F811
 
 def test_out_of_memory_while_examining(go, card):  # noqa: F811
     card(2, evaluating=True)
-    with pytest.raises(Refused, match="while held-out rows were examined; take a smaller batch_size"):
+    with pytest.raises(Refused, match=r"while held-out rows were examined; take a smaller max_length.*with --restart"):
         go(**HOW)
 
 
@@ -206,6 +206,7 @@ def one_of_two(rank, port, folder, how, dies, env):
         Path(folder, f"weights-{rank}").write_text(hashlib.sha256(b"".join(weights)).hexdigest())
         frozen = [w for w in kw["model"].parameters() if not w.requires_grad]
         here = sum((w.to_local() if isinstance(w, DTensor) else w).numel() for w in frozen)
+        Path(folder, f"seed-{rank}").write_text(str(torch.initial_seed()))
         Path(folder, f"share-{rank}").write_text(str(here / sum(w.numel() for w in frozen)))
         return end(self, *args, **kw)
 

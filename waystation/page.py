@@ -25,7 +25,7 @@ def _heading(report:dict[str,Any]) -> str: # Markdown
     return f"---\n**{report['step']}**, attempt {report['attempt']}, {report['seconds']:g} s, peak {report['peak_gb']:g} GB\n\n{params}"
 
 
-# %% ../nbs/10_page.ipynb #c298debd
+# %% ../nbs/10_page.ipynb #721bdd44
 def compare(
     reports:list[dict[str,Any]], # Of steps of the station `train`
 ) -> str:                       # Markdown
@@ -41,21 +41,22 @@ def compare(
 def draw(
     reports:list[dict[str,Any]], # As above
 ) -> str:                        # A PNG in base64
-    "Trainings in one picture: shares with their intervals, held-out loss, seconds, size."
+    "Trainings in one picture: shares with their intervals, held-out loss, seconds, memory, size."
     import matplotlib.pyplot as plt
     steps, shares = [r['step'] for r in reports], [k for k, f in reports[0]['figures'].items() if 'hits' in f]
-    fig, (left, *right) = plt.subplots(1, 4, figsize=(11, 2.6), layout='constrained', width_ratios=[2, 1, 1, 1])
+    fig, (left, *right) = plt.subplots(1, 5, figsize=(11, 2.8), layout='constrained', width_ratios=[2, 1, 1, 1, 1])
     for i, k in enumerate(shares):
         found = [r['figures'][k] for r in reports]
         at, value = [x + 0.08 * i for x in range(len(steps))], [f['hits'] / f['n'] for f in found]
         left.errorbar(at, value, [[v - f['low'] for v, f in zip(value, found, strict=True)], [f['high'] - v for v, f in zip(value, found, strict=True)]],
                       fmt='o', ms=4, capsize=2, label=k)
     left.set(title='held-out share right, 95%', ylim=(-0.02, 1.02), xticks=range(len(steps)), xticklabels=steps)
-    left.legend(fontsize=7)
+    left.legend(fontsize=7, ncols=len(shares), loc='upper center', bbox_to_anchor=(.5, -.1))
     bars = {'held-out loss': [r['figures']['eval_loss']['value'] for r in reports], 'seconds': [r['seconds'] for r in reports],
-            'adapter, MB': [r['adapter_mb'] for r in reports]}
+            'peak, GB': [r['peak_gb'] for r in reports], 'adapter, MB': [r['adapter_mb'] for r in reports]}
     for ax, (title, heights) in zip(right, bars.items(), strict=True):
         ax.bar_label(ax.bar(steps, heights, color='0.7'), fmt='%.3g', fontsize=8)
+        ax.margins(y=.15)
         ax.set(title=title, yticks=[])
     png = io.BytesIO()
     fig.savefig(png, dpi=110)

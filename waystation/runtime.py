@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'FAR_S', 'REST_S', 'FAST_BF16', 'Refused', 'Interrupted', 'GateFailed', 'platform', 'packaged', 'settings',
-           'prices', 'cache', 'Device', 'devices', 'processes', 'is_main', 'precision', 'host_memory', 'secret',
-           'redact', 'machine', 'process', 'is_alive']
+           'prices', 'cache', 'Device', 'devices', 'processes', 'is_main', 'suits', 'precision', 'host_memory',
+           'secret', 'redact', 'machine', 'process', 'is_alive']
 
 # %% ../nbs/01_runtime.ipynb #b6794f84
 import configparser, functools, logging, math, os, re, socket, sys, threading, time
@@ -166,25 +166,15 @@ def is_main() -> bool:
     "Whether this process is the only one, or the one of several that writes and speaks."
     return processes() == 1 or os.environ.get('RANK', '0') == '0'
 
-# %% ../nbs/01_runtime.ipynb #db953196
+# %% ../nbs/01_runtime.ipynb #eaf097be
 FAST_BF16 = {  # Flag of a CPU -> what its instructions are worth in training
     'amx_bf16': 'matrix instructions for bfloat16, measured 1.6 times as fast as float32 in half the memory',
     'avx512_bf16': 'instructions for products in bfloat16, measured 1.4 times as fast as float32 in four fifths of the memory'}
 
-def _asked(kind:str, device:Device) -> tuple[str,str]: # With the reason
-    if kind not in ('bfloat16', 'float16', 'float32'):
-        raise Refused(f"the setting precision={kind!r} is none; there are bfloat16, float16 (GPUs) and float32, and '' for what suits the device")
-    if kind == 'float16' and device.kind != 'gpu':
-        raise Refused(f"the setting precision='float16' is for GPUs, and this machine computes on its {device.kind.upper()} ({device.name}); take float32, "
-                      "or leave it empty")
-    return kind, f'{device.name}: the setting precision asks for it'
-
-def precision(
-    device:Device|None=None, # None: the best one of this machine
-) -> tuple[str,str]:         # Its name ('bfloat16', 'float16', 'float32') and the reason
-    "The type to train in on `device`, and why."
-    asked, device = settings()['precision'], device or devices()[0]
-    if asked and device == devices()[0]: return _asked(asked, device)  # and not where another machine is asked about
+def suits(
+    device:Device,
+) -> tuple[str,str]: # 'bfloat16', 'float16' or 'float32', and the reason
+    "The type that `device` is best at."
     if device.kind == 'cpu':
         info = Path('/proc/cpuinfo')
         flags = set(info.read_text().split()) if info.exists() else set()
@@ -197,6 +187,25 @@ def precision(
     import torch
     if torch.cuda.get_device_capability()[0] >= 8: return 'bfloat16', f'{device.name}: compute capability 8 or later has bfloat16'
     return 'float16', f'{device.name}: compute capability below 8 has no bfloat16'
+
+def _asked(kind:str, device:Device) -> tuple[str,str]: # With the reason
+    if kind not in ('bfloat16', 'float16', 'float32'):
+        raise Refused(f"the setting precision={kind!r} is none; there are bfloat16, float16 (GPUs) and float32, and '' for what suits the device")
+    if kind == 'float16' and device.kind != 'gpu':
+        raise Refused(f"the setting precision='float16' is for GPUs, and this machine computes on its {device.kind.upper()} ({device.name}); take float32, "
+                      "or leave it empty")
+    if kind == 'bfloat16' and device.kind == 'gpu' and suits(device)[0] != kind:
+        raise Refused(f"the setting precision='bfloat16' is for cards from compute capability 8 on, which {device.name} is not; take float16 or float32, "
+                      "or leave it empty")
+    return kind, f'{device.name}: the setting precision asks for it'
+
+def precision(
+    device:Device|None=None, # None: the best one of this machine
+    store:str='',            # The store in use, whose settings count; '' for the one that the settings name
+) -> tuple[str,str]:         # 'bfloat16', 'float16' or 'float32', and the reason
+    "The type to train in on `device`, and why: what the setting asks for on this machine, else what suits the device."
+    asked, device = settings(store)['precision'], device or devices()[0]
+    return _asked(asked, device) if asked and device == devices()[0] else suits(device)  # another machine may be asked about
 
 # %% ../nbs/01_runtime.ipynb #bad635ec
 def host_memory() -> dict[str,float]: # All in GB (10^9 bytes)

@@ -6,7 +6,7 @@
 __all__ = ['Pair', 'Linear', 'Batch', 'batches', 'attend', 'turn', 'linear', 'prepacked', 'can_prepack', 'Layer', 'block',
            'Encoder', 'pool', 'load', 'halves']
 
-# %% ../../nbs/embedding/22_flat.ipynb #b1f27844
+# %% ../../nbs/embedding/22_flat.ipynb #e2f93374
 import itertools
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -18,7 +18,7 @@ import torch.nn.functional as F
 
 from .encoder import buckets
 from .models import Checkpoint, Config, read_config, read_weights
-from ..runtime import devices, precision
+from ..runtime import devices, suits
 
 # %% ../../nbs/embedding/22_flat.ipynb #81500871
 class Batch(NamedTuple):
@@ -201,7 +201,7 @@ def pool(
     w = torch.arange(1., x.shape[1] + 1, device=x.device)
     return torch.einsum('tnd,n->td', x, w / w.sum())
 
-# %% ../../nbs/embedding/22_flat.ipynb #afc58b26
+# %% ../../nbs/embedding/22_flat.ipynb #e2acfe5e
 def load(
     folder:str|Path, # Model folder with config.json and safetensors
     device:str='',   # 'cpu' or 'gpu'; '': a GPU if there is one
@@ -211,7 +211,7 @@ def load(
     "The encoder in `folder`, its weights checked against the table in both directions."
     c = read_config(folder)
     device = {'gpu': 'cuda', '': 'cuda' if torch.cuda.is_available() else 'cpu'}.get(device, device)
-    if not dtype: dtype = 'float32' if device == 'cpu' else precision(next(d for d in devices() if d.kind == 'gpu'))[0]
+    if not dtype: dtype = 'float32' if device == 'cpu' else suits(next(d for d in devices() if d.kind == 'gpu'))[0]
     return Encoder(c, read_weights(c, Checkpoint(folder)), device, dtype, linear)
 
 def halves(batch:Batch) -> list[Batch]: # Two, or none when it is a single text

@@ -5,16 +5,17 @@
 # %% auto #0
 __all__ = ['OPTIMIZERS', 'WHOLE', 'Plan', 'divided', 'asked', 'plan', 'one_card', 'sharded_once']
 
-# %% ../../nbs/training/13_device.ipynb #2bed2ef6
+# %% ../../nbs/training/13_device.ipynb #cebb33ee
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
+from importlib.metadata import version
 from importlib.util import find_spec
 from typing import Any
 
 from ..chips import chip
-from ..runtime import Device, Refused, devices, precision, processes
+from ..runtime import Device, Refused, devices, precision, processes, suits
 
 # %% ../../nbs/training/13_device.ipynb #20600e46
 @dataclass(frozen=True)
@@ -70,7 +71,7 @@ def _optimizer(name:str, device:Device) -> tuple[str,str]: # With the reason
                       "take 'adamw_8bit', or 'adamw'")
     return name, 'asked for'
 
-# %% ../../nbs/training/13_device.ipynb #8df2a559
+# %% ../../nbs/training/13_device.ipynb #ce45ca28
 def _refuse_tpu(device:Device) -> None:
     asked = os.environ.get('PJRT_DEVICE', '').upper() == 'TPU'
     if device.kind != 'tpu' and not asked: return
@@ -96,13 +97,16 @@ def _refuse_several(p:dict[str,Any], sharded:bool) -> None:
         raise Refused(f"method={method!r} under FSDP: {WHOLE[method]}; take method='lora' or 'rslora', or recipes/launch/ddp.yaml")
     for key, wrong, why in (('FSDP_VERSION', '1', 'what is done is version 2'), ('FSDP_OFFLOAD_PARAMS', 'true', 'weights stay on their cards')):
         if os.environ.get(key, '').lower() == wrong: raise Refused(f'{key}={wrong}: {why}; take recipes/launch/fsdp.yaml as it is')
+    from transformers.distributed import DistributedConfig
+    if 'fsdp_size' not in DistributedConfig.__dataclass_fields__:
+        raise Refused(f"FSDP is cut by transformers as it loads a model, from 5.15 on, and this is {version('transformers')}; pip install -U transformers")
 
-def _attention(device:Device, tf32:bool) -> str:
+def _attention(device:Device, able:bool) -> str:
     if device.kind == 'cpu': return "torch's own kernel; flash-attn runs on GPUs alone"
-    if not tf32: return "torch's own kernel; flash-attn needs compute capability 8, which this card has not"
+    if not able: return "torch's own kernel; flash-attn needs compute capability 8, which this card has not"
     return "torch's own kernel; flash_attention_2 would need the package flash-attn"
 
-# %% ../../nbs/training/13_device.ipynb #b279dafc
+# %% ../../nbs/training/13_device.ipynb #7df153a1
 def plan(
     p:dict[str,Any],                # Parameters of `train`
     device:Device|None=None,        # None: the best one of this machine
@@ -114,10 +118,11 @@ def plan(
     _refuse_tpu(device)
     sharded = n > 1 and asked('ACCELERATE_USE_FSDP')
     if n > 1: _refuse_several(p, sharded)
-    kind, why = precision(device)
+    kind, why = precision(device, p.get('store', ''))
     known = chip(device.name)
     name = known.name if known else device.name if device.kind == 'gpu' else 'a CPU'
-    tf32 = device.kind == 'gpu' and kind == 'bfloat16'  # compute capability 8 brought both
+    able = device.kind == 'gpu' and suits(device)[0] == 'bfloat16'  # compute capability 8 brought bfloat16, tf32 and flash-attn
+    tf32 = able and kind != 'float32'
     optimizer, because = _optimizer(p.get('optimizer', ''), device)
     for key in ('batch_size', 'grad_accum'):
         if p[key] <= 0: raise Refused(f'{key}={p[key]} must be above 0')
@@ -133,8 +138,8 @@ def plan(
     fits = f'; {found["why"]}' if found and small < p['batch_size'] else ''
     return Plan(device.name, kind, 'sdpa', tf32, optimizer, n, at_once, rows//n//at_once, {
         'precision': why + (': small gradients would be zero, so the loss is scaled' if kind == 'float16' else ''),
-        'attention': _attention(device, tf32),
-        'tf32': 'products in float32 go through the tensor cores' if tf32 else f'{name} has none',
+        'attention': _attention(device, able),
+        'tf32': 'products in float32 go through the tensor cores' if tf32 else 'float32 was asked for' if able else f'{name} has none',
         'optimizer': because, 'batch_size': shared + fits} | ({'sharded': f'each of {n} processes keeps its part'} if sharded else {}), sharded)
 
 # %% ../../nbs/training/13_device.ipynb #5b30f1be

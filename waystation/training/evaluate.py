@@ -59,7 +59,7 @@ def word_overlap(row: dict) -> str:  # An output, to be marked like a model's
     at = max(ends, key=lambda i: shared(' '.join(body[:i].split()[-6:])))  # a key has at most about six words
     return f"{' '.join(body[at:].split()[:8])} [{best['label']}]"
 
-# %% ../../nbs/training/12_evaluate.ipynb #2445bade
+# %% ../../nbs/training/12_evaluate.ipynb #6721c84e
 def generate_answers(
     model: Any,            # A transformers causal model
     tokenizer: Any,        # Its tokenizer, with a chat template
@@ -70,6 +70,7 @@ def generate_answers(
 ) -> list[str]:            # One answer a row, without special tokens
     "The model's greedy answers."
     import torch
+    from accelerate.utils.memory import should_reduce_batch_size
     from transformers import GenerationConfig
     asked = [prompt_ids(tokenizer, r['prompt'], add_generation_prompt=True) for r in rows]
     order = sorted(range(len(rows)), key=lambda i: (len(asked[i]), i))
@@ -85,7 +86,8 @@ def generate_answers(
         mask = torch.tensor([[0] * (width - len(asked[i])) + [1] * len(asked[i]) for i in batch], device=model.device)
         try:  # not in inference_mode: what a model in parts gathers into would be closed to a training that follows
             with torch.no_grad(): new = model.generate(input_ids=ids, attention_mask=mask, generation_config=how)[:, width:]
-        except torch.OutOfMemoryError:
+        except (torch.OutOfMemoryError, RuntimeError) as e:
+            if not isinstance(e, torch.OutOfMemoryError) and not should_reduce_batch_size(e): raise  # a host says it otherwise than a card
             if len(batch) == 1 or getattr(model, '_is_fsdp_managed_module', False): raise  # with a model in parts, all must halve or none
             batch_size = len(batch)//2
             continue

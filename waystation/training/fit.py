@@ -6,7 +6,7 @@
 __all__ = ['FOUR_BITS', 'ADAMW', 'ADAMW_8BIT', 'HOLES', 'MAPPED', 'WORKSPACE', 'FIRST_USE', 'ASSUMED', 'skeleton', 'standing',
            'Shape', 'Way', 'batches', 'in_heap', 'Ledger', 'walk', 'passing', 'memory', 'preflight', 'report']
 
-# %% ../../nbs/training/18_fit.ipynb #168bb4e4
+# %% ../../nbs/training/18_fit.ipynb #0cf35861
 import gc, sys, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,7 +34,7 @@ from .chat import Coded, code_rows
 from .device import Plan, plan
 from .flat import arrange, collate, lay_flat, pieces
 from .lint import find_rows, refuse, set_aside, steps_of
-from .trainer import METHODS, PIECE, check_numbers, linear_modules, quiet, shares
+from .trainer import METHODS, PIECE, autocasts, check_numbers, linear_modules, quiet, shares
 
 # %% ../../nbs/training/18_fit.ipynb #71944e6f
 def skeleton(
@@ -162,7 +162,7 @@ def _fill(model:Any) -> list[torch.Tensor]: # All of them, kept alive by the mod
         if w.requires_grad: w.grad = torch.empty_like(w)
     return [y for _, y in made.values()]
 
-# %% ../../nbs/training/18_fit.ipynb #6bc7a734
+# %% ../../nbs/training/18_fit.ipynb #62aa4fb0
 def walk(
     model:Any,           # Of `skeleton`
     shape:Shape,         # Of what goes through it at once
@@ -186,7 +186,7 @@ def walk(
             return hidden, *args[1:]
         hook = model.get_output_embeddings().register_forward_pre_hook(reached)
         half = dtype != torch.float32
-        with count, ledger, torch.autocast('cpu', dtype=dtype, enabled=half), disable_input_dtype_casting(model, half):  # as the trainer has it
+        with count, ledger, torch.autocast('cpu', dtype=dtype, enabled=half), disable_input_dtype_casting(model, half and autocasts(model)):  # as the trainer has it
             out = model(**asked, use_cache=False, logits_to_keep=keep)
             torch.nn.functional.cross_entropy(out.logits.float().flatten(0, 1), labels, reduction='sum').backward()
         hook.remove()

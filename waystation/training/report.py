@@ -147,16 +147,16 @@ def mark_all(
     if bare: out |= {'refused, unanswerable': refused(bare), 'refused, answerable': refused(outputs)}
     return out
 
-# %% ../../nbs/training/16_report.ipynb #9067f99b
+# %% ../../nbs/training/16_report.ipynb #fc95ce57
 def ratio(
     above: Sequence[float], # A row's sum, such as its loss
     below: Sequence[float], # A row's count, such as its tokens
 ) -> dict[str, Any]:        # value, n, low, high
-    "A mean over what rows hold, with its 95% interval over rows."
+    "A mean over what rows hold, none of it below 0, with its 95% interval over rows."
     a, b = np.asarray(above, float), np.asarray(below, float)
     value, n = a.sum()/b.sum(), len(a)
     far = 1.959964*math.sqrt(n/max(1, n - 1)*((a - value*b)**2).sum())/b.sum()
-    return {'value': round(float(value), 4), 'n': n, 'low': round(float(value - far), 4), 'high': round(float(value + far), 4)}
+    return {'value': round(float(value), 4), 'n': n, 'low': round(max(0., float(value - far)), 4), 'high': round(float(value + far), 4)}
 
 def row_losses(
     model: Any,              # A causal model

@@ -40,7 +40,7 @@ def one_sentence(
         if not full(e): raise
         raise kind(f'out of memory on {devices()[0].name} while {doing}; {way_out}') from e
 
-# %% ../../nbs/training/13_room.ipynb #60d21646
+# %% ../../nbs/training/13_room.ipynb #89da5e20
 def _lighter(p: dict[str, Any]) -> list[str]:
     "What takes less memory from the beginning, and was not asked for."
     return [*(["method='qlora'"] if p['task'] != 'classify' and p['method'] not in ('', 'qlora') else []), 'a smaller model']
@@ -53,9 +53,10 @@ def fewer(
 ) -> None:
     "Seal that so many rows at once do not fit, so that the next try takes half of them."
     n, at, device = c.plan.batch_size, c.trainer.state.global_step, c.plan.device
-    less = _one_of(['a smaller max_length', *([] if job.params['gradient_checkpointing'] else ['gradient_checkpointing=True']), *_lighter(job.params)])
+    lighter = _lighter(job.params)
     if not c.model.training:
-        raise Refused(f'out of memory on {device} while held-out rows were examined; take a smaller batch_size with a larger grad_accum, {less}')
+        raise Refused(f'out of memory on {device} while held-out rows were examined; take {_one_of(["a smaller max_length", *lighter])}, with --restart')
+    less = _one_of(['a smaller max_length', *([] if job.params['gradient_checkpointing'] else ['gradient_checkpointing=True']), *lighter])
     if n == 1: raise Refused(f"out of memory on {device} in step {at + 1} with one row at once, and there is no half of it; take {less}")
     note = f'out of memory on {device} in step {at + 1}: {n//2} rows at once instead of {n} from here on, and more batches a step'
     found = {'device': device, 'batch_size': n//2, 'why': f'{n} rows at once did not fit into memory in step {at + 1}', 'note': note}

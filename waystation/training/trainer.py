@@ -4,13 +4,14 @@
 
 # %% auto #0
 __all__ = ['log', 'PIECE', 'METHODS', 'CARD', 'UNCHANGED', 'NOTES', 'FETCH', 'linear_modules', 'check_numbers', 'encode',
-           'ByEpoch', 'SameOrder', 'shares', 'token_mean', 'own_weights', 'Tuner', 'Keeper', 'Course', 'frozen_hash',
-           'check_frozen', 'load_model', 'quiet', 'decide', 'prepare', 'keep_lint', 'held_loss', 'examine', 'best_step',
-           'spent', 'Chooser', 'told', 'fit', 'code_versions', 'publish_model', 'seal_model', 'conclude']
+           'ByEpoch', 'SameOrder', 'shares', 'token_mean', 'autocasts', 'own_weights', 'Tuner', 'Keeper', 'Course',
+           'frozen_hash', 'check_frozen', 'load_model', 'quiet', 'decide', 'prepare', 'keep_lint', 'held_loss',
+           'examine', 'best_step', 'spent', 'Chooser', 'told', 'fit', 'code_versions', 'publish_model', 'seal_model',
+           'conclude']
 
-# %% ../../nbs/training/14_trainer.ipynb #fda79582
+# %% ../../nbs/training/14_trainer.ipynb #1c9f7796
 import hashlib, json, logging, math, os, shutil, sys, time, warnings
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ logging.getLogger('bitsandbytes.backends.cpu.ops').setLevel(logging.ERROR)  # it
 os.environ.setdefault('ONEDNN_PRIMITIVE_CACHE_CAPACITY', '64')  # read when something is first multiplied in bfloat16
 
 import torch, transformers
+from accelerate.utils import set_seed
 from datasets import Dataset
 from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 from peft.helpers import disable_input_dtype_casting
@@ -31,7 +33,7 @@ from trl import SFTConfig, SFTTrainer
 
 from ..gates import check_names, read_gates
 from ..monitor import Diverging, memory, progress
-from ..runtime import Refused, _cpu_name, is_main, processes
+from ..runtime import Refused, _cpu_name, is_main, processes, settings
 from .chat import Coded, code_rows, hidden_system, one_system
 from .checkpoints import SealCallback, latest_good, moved
 from .device import Plan, one_card, plan, sharded_once
@@ -116,7 +118,13 @@ def token_mean(
     "The mean loss over all tokens that are scored, whatever batches they came in."
     return {'loss': found.predictions.sum(dtype=float)/found.label_ids.sum()}
 
-# %% ../../nbs/training/14_trainer.ipynb #74e2f2b9
+# %% ../../nbs/training/14_trainer.ipynb #41ecb3ab
+def autocasts(
+    model:Any, # With an adapter
+) -> bool:
+    "Whether autocast alone may choose the types: not for DoRA, which takes lengths of weights in the type of its input."
+    return not any(getattr(how, 'use_dora', False) for how in getattr(model, 'peft_config', {}).values())
+
 PIECE = 512  # About so many tokens go through the model at once; EXPERIMENTS.md has what other sizes cost
 
 def own_weights(
@@ -135,6 +143,7 @@ class Tuner(SameOrder, SFTTrainer):
         self.share = shares(model)
         super().__init__(model, args, data_collator=collate if self.flat else None, **kw)
         self.compute_metrics = token_mean
+        self.autocasts = (args.bf16 or args.fp16) and autocasts(model)
 
     def parts(self, inputs):
         "What of a batch goes through the model at once. A GPU wants it whole, and processes that exchange gradients must do so equally often."
@@ -143,7 +152,7 @@ class Tuner(SameOrder, SFTTrainer):
     def training_step(self, model, inputs, num_items_in_batch=None):
         parts, step = self.parts(inputs), super().training_step
         if len(parts) > 1 and num_items_in_batch is None: num_items_in_batch = (inputs['labels'] != -100).sum()
-        with disable_input_dtype_casting(model, active=self.args.bf16 or self.args.fp16):
+        with disable_input_dtype_casting(model, self.autocasts):
             return sum(step(model, x, num_items_in_batch) for x in parts)
 
     def _save(self, output_dir=None, state_dict=None): super()._save(output_dir, own_weights(self.model))  # PEFT would gather a whole model in each process
@@ -334,11 +343,15 @@ def _config(p: dict, work: Path, total: int, how: Plan) -> SFTConfig:
         eval_strategy='steps' if p['eval_steps'] else 'no', eval_steps=p['eval_steps'] or None, prediction_loss_only=True,
         save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[], disable_tqdm=True))
 
-# %% ../../nbs/training/14_trainer.ipynb #b1bb17cc
+# %% ../../nbs/training/14_trainer.ipynb #e80c8929
 def decide(job: Any) -> Plan: # With what an earlier try has found out
     "How the device is used; before anything is loaded."
-    found = job.latest('fits')
-    return plan(job.params, found=job.store.read(found).meta if found else None)
+    fits, last = (job.store.read(name).meta if name else {} for name in (job.latest('fits'), job.latest('checkpoints')))
+    how = plan(job.params, found=fits or None)
+    kind, same = last.get('precision', how.precision), last.get('plan', {}).get('device', how.device) == how.device
+    if kind == how.precision or not same or settings(job.params['store'])['precision']: return how
+    return replace(how, precision=kind, tf32=how.tf32 and kind != 'float32',  # an older version chose otherwise here
+                   why=how.why | {'precision': f'this run began in {kind}, and goes on so'})
 
 METHODS = ('qlora', 'lora', 'rslora', 'dora')  # rsLoRA scales by alpha/sqrt(r) (arXiv:2312.03732), DoRA learns length and direction apart (arXiv:2402.09353)
 
@@ -468,7 +481,7 @@ def _curves(c: Course, said: list[dict], seconds: float) -> dict: # loss, evals,
     return {'loss': curve('loss'), 'evals': [x for x in curve('eval_loss') if x[0]], 'reward': curve('reward'),  # grpo: of a step's answers, the mean
             'tokens_per_s': round(c.trainer.tokens/seconds, 1) if seconds else None, 'padding': round(1 - c.trainer.tokens/positions, 4) if positions else None}
 
-# %% ../../nbs/training/14_trainer.ipynb #4dac356f
+# %% ../../nbs/training/14_trainer.ipynb #12f8793c
 def fit(
     c: Course,
     job: Any,   # An open job
@@ -486,7 +499,8 @@ def fit(
         with (Chooser if patience else Keeper)(job, c.bar, monitor, about) as keeper:
             c.trainer.add_callback(keeper)
             keeper.trainer = c.trainer
-            transformers.set_seed(job.params['seed'])
+            # GRPO draws answers, in each process others; the order of rows must be one order in all
+            set_seed(job.params['seed'], device_specific=job.params['task'] == 'grpo')
             said = TrainerState.load_from_json(str(start/'trainer_state.json')).log_history if start else []
             monitor.go_on(said, at, was.get('wandb', ''))
             if start is None or not (at >= c.total or spent(said, patience)):
