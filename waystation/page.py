@@ -25,7 +25,7 @@ def _heading(report:dict[str,Any]) -> str: # Markdown
     return f"---\n**{report['step']}**, attempt {report['attempt']}, {report['seconds']:g} s, peak {report['peak_gb']:g} GB\n\n{params}"
 
 
-# %% ../nbs/10_page.ipynb #721bdd44
+# %% ../nbs/10_page.ipynb #a24764a7
 def compare(
     reports:list[dict[str,Any]], # Of steps of the station `train`
 ) -> str:                       # Markdown
@@ -38,6 +38,7 @@ def compare(
                f"{r['seconds']:g}", f"{r['peak_gb']:g}", f"{r['adapter_mb']:.1f}"] for r in reports]
     return '\n'.join('| ' + ' | '.join(line) + ' |' for line in lines)
 
+# %% ../nbs/10_page.ipynb #8cdaf471
 def draw(
     reports:list[dict[str,Any]], # As above
 ) -> str:                        # A PNG in base64
@@ -63,6 +64,7 @@ def draw(
     plt.close(fig)
     return base64.b64encode(png.getvalue()).decode()
 
+# %% ../nbs/10_page.ipynb #0fe19598
 def _compared(reports:list[dict[str,Any]]) -> list[Any]: # Cells
     "The trainings of a run side by side, when there are several of one task."
     import nbformat

@@ -166,7 +166,7 @@ def is_main() -> bool:
     "Whether this process is the only one, or the one of several that writes and speaks."
     return processes() == 1 or os.environ.get('RANK', '0') == '0'
 
-# %% ../nbs/01_runtime.ipynb #eaf097be
+# %% ../nbs/01_runtime.ipynb #1c5ee5a3
 FAST_BF16 = {  # Flag of a CPU -> what its instructions are worth in training
     'amx_bf16': 'matrix instructions for bfloat16, measured 1.6 times as fast as float32 in half the memory',
     'avx512_bf16': 'instructions for products in bfloat16, measured 1.4 times as fast as float32 in four fifths of the memory'}
@@ -188,6 +188,7 @@ def suits(
     if torch.cuda.get_device_capability()[0] >= 8: return 'bfloat16', f'{device.name}: compute capability 8 or later has bfloat16'
     return 'float16', f'{device.name}: compute capability below 8 has no bfloat16'
 
+# %% ../nbs/01_runtime.ipynb #8a270841
 def _asked(kind:str, device:Device) -> tuple[str,str]: # With the reason
     if kind not in ('bfloat16', 'float16', 'float32'):
         raise Refused(f"the setting precision={kind!r} is none; there are bfloat16, float16 (GPUs) and float32, and '' for what suits the device")
