@@ -6,12 +6,15 @@
 __all__ = ['FOUR_BITS', 'ADAMW', 'ADAMW_8BIT', 'HOLES', 'MAPPED', 'WORKSPACE', 'FIRST_USE', 'ASSUMED', 'skeleton', 'standing',
            'Shape', 'Way', 'batches', 'in_heap', 'Ledger', 'walk', 'passing', 'memory', 'preflight', 'report']
 
-# %% ../../nbs/training/18_fit.ipynb #0cf35861
+# %% ../../nbs/training/18_fit.ipynb #f251ebc2
 import gc, sys, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
+
+# first: it quietens what peft says when it is imported
+from .trainer import METHODS, PIECE, autocasts, check_numbers, linear_modules, quiet, shares
 
 import numpy as np
 import psutil
@@ -34,7 +37,6 @@ from .chat import Coded, code_rows
 from .device import Plan, plan
 from .flat import arrange, collate, lay_flat, pieces
 from .lint import find_rows, refuse, set_aside, steps_of
-from .trainer import METHODS, PIECE, autocasts, check_numbers, linear_modules, quiet, shares
 
 # %% ../../nbs/training/18_fit.ipynb #71944e6f
 def skeleton(
