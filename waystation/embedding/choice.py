@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['FEW', 'FAR', 'NEAR', 'measure', 'lack', 'check_device', 'candidates', 'fastest', 'gap', 'compare', 'settle', 'tell']
 
-# %% ../../nbs/embedding/25_choice.ipynb #07d84a92
+# %% ../../nbs/embedding/25_choice.ipynb #8099bc69
 import itertools, os, sys, time
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
@@ -15,7 +15,7 @@ from importlib.util import find_spec
 import numpy as np
 import pyarrow as pa, pyarrow.parquet as pq
 
-from .backend import NEEDS, NO_TORCH, Model, open_model
+from .backend import ENGINES, NEEDS, NO_TORCH, Model, open_model
 from .devices import find_chips
 from .engine import Cut, flow, prepare, read_shards, refuse_long
 from ..recipe import Job
@@ -47,7 +47,7 @@ def measure(
         tokens[i] += work[i].tokens[k]
     return {m.engine: n / s for m, n, s in zip(models, tokens, spent, strict=True)}
 
-# %% ../../nbs/embedding/25_choice.ipynb #8e9d04e0
+# %% ../../nbs/embedding/25_choice.ipynb #f7405cd6
 FEW = 64  # rows that are not worth a measurement
 
 def lack(
@@ -86,7 +86,7 @@ def candidates(
     "The engines that may be the best ones here."
     os.environ.setdefault('XLA_PYTHON_CLIENT_PREALLOCATE', 'false')  # or JAX takes most of a GPU, and torch has no room to be measured in
     lacks = {e: lack(e, device, tensor) for e in ENGINES}
-    able = [e for e, lack in lacks.items() if not lack]
+    able = [e for e, why in lacks.items() if not why]
     if len(able) == 1: return able, next(filter(None, lacks.values()))
     if device in ('', 'tpu') and any(d.kind == 'tpu' for d in devices()): return ['jax'], "a TPU is JAX's"
     if scan.n_rows < FEW: return ['torch'], f'fewer than {FEW} rows, for which JAX would only compile'
