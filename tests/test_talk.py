@@ -47,6 +47,20 @@ def test_one_question(trained, run, monkeypatch, capsys):
     assert run("chat", adapter, *few)["text"] == tuned["text"], "a question may come through a pipe"
 
 
+def test_the_precision_of_the_store_in_use(trained, monkeypatch, tmp_path):
+    from waystation.stations.setup import survey
+    from waystation.store import Store
+    from waystation.training.talk import open_talk
+
+    tmp, _ = trained
+    monkeypatch.delenv("WAYSTATION_PRECISION", raising=False)
+    monkeypatch.setenv("WAYSTATION_STORE", str(tmp_path / "another"))
+    for asked in ("bfloat16", "float32"):
+        store = Store(tmp_path / asked)
+        (tmp_path / asked / "settings.ini").write_text(f"[DEFAULT]\nprecision = {asked}\n")
+        assert str(open_talk(str(tmp / "model"), store).model.dtype) == f"torch.{asked}" and survey(store.url)["precision"] == asked
+
+
 def test_refused(trained, run, monkeypatch, tmp_path):
     tmp, adapter = trained
     (tmp_path / "labels.json").write_text("{}")

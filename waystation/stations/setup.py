@@ -14,16 +14,18 @@ from ..monitor import progress
 from ..recipe import begin
 from ..runtime import devices, host_memory, machine, platform, precision, settings
 
-# %% ../../nbs/stations/1_setup.ipynb #c69e0074
-def survey() -> dict[str,Any]:
+# %% ../../nbs/stations/1_setup.ipynb #d20521d3
+def survey(
+    store:str='', # The one in use, whose settings count; '' for the one in the settings
+) -> dict[str,Any]:
     "This machine: platform, devices, memory, precision and the reason for it, and where things are kept."
     found = devices()
-    dtype, why = precision(found[0])
-    places = {k: settings()[k] for k in ('store', 'cache')}
+    dtype, why = precision(found[0], store)
+    places = {k: settings(store)[k] for k in ('store', 'cache')}
     return dict(platform=platform(), machine=machine(), devices=[vars(d) for d in found], memory=host_memory(),
                 precision=dtype, precision_why=why, **places)
 
-# %% ../../nbs/stations/1_setup.ipynb #b816d9e2
+# %% ../../nbs/stations/1_setup.ipynb #b11e8620
 def setup(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -52,6 +54,6 @@ def setup(
                 inputs[name] = dict(role=role, path=str(found.path), fingerprint=found.fingerprint, mb=round(sum(f.stat().st_size for f in files)/1e6, 1))
                 if kind == 'asset': inputs[name] |= dict(packages=[f'{p.name}=={p.version}' for p in ASSETS[asset].packages], licence=ASSETS[asset].licence)
                 bar.update()
-        here = survey() | dict(store=job.store.url)
+        here = survey(job.store.url)
         if job.report is None: return job.finish(here | dict(inputs=inputs))
         return job.report | here | dict(inputs=inputs)  # finished on another machine or earlier: this one is described afresh

@@ -76,7 +76,7 @@ def held_rows(
     found = [r for some in _rows(job)[1].values() for r in some][:job.params['eval_rows'] or None]
     return found[:rows or None]
 
-# %% ../../nbs/training/18_merge.ipynb #ca3ef7cc
+# %% ../../nbs/training/18_merge.ipynb #59b4533b
 CARD = """---
 library_name: transformers
 tags: [waystation]
@@ -101,13 +101,13 @@ NOTE = """
 The adapter was trained beside weights in **four bits**; these are the whole ones. What is here was never trained as it is.
 """
 
-def _ask(folder: Path, base: Path | None, method: str, held: list[dict], room: int) -> tuple[list[str], dict[str, dict]]: # Answers, figures
-    model, tokenizer = open_model(folder, base, method)
+def _ask(folder: Path, base: Path | None, store: Store, method: str, held: list[dict], room: int) -> tuple[list[str], dict[str, dict]]: # Answers, figures
+    model, tokenizer = open_model(folder, base, store, method)
     longest = max(sum(x['completion_mask']) for x in encode(code_rows(held, tokenizer), 10**9)[0])
     outputs, figures = language(model, tokenizer, held, 2*longest, room)  # answers may say the same in more words, as in training
     return outputs, score(held, outputs) | {k: figures[k] for k in ('loss', 'perplexity')}
 
-# %% ../../nbs/training/18_merge.ipynb #ee5ece10
+# %% ../../nbs/training/18_merge.ipynb #363ab55d
 def _merged(job: Any, seal: Seal, rows: int) -> dict[str, Any]: # The finished report
     "Measure, merge, measure, seal."
     p, adapter, work = job.params, job.inputs['model'].path, job.work/'merged'
@@ -115,7 +115,7 @@ def _merged(job: Any, seal: Seal, rows: int) -> dict[str, Any]: # The finished r
     assert base  # it is an adapter, so it has one
     check_names(read_gates(p['gates']), [*score(held, ['']*len(held)), 'eval_loss'])
     name = f"{seal.name.rsplit('/', 1)[0]}-merged/v{job.attempt}"
-    def ask(folder, base, method): return dict(zip(('outputs', 'metrics'), _ask(folder, base, method, held, p['max_length']), strict=True))
+    def ask(folder, base, method): return dict(zip(('outputs', 'metrics'), _ask(folder, base, job.store, method, held, p['max_length']), strict=True))
     before = job.read('adapter') or job.note('adapter', ask(adapter, base, p['method'] or 'qlora'))
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt}
     if not job.store.has(name):

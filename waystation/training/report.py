@@ -201,7 +201,7 @@ def language(
     return outputs, {'loss': loss, 'perplexity': {k: v if k == 'n' else round(math.exp(min(v, 700)), 4) for k, v in loss.items()},
                      'seconds an answer': ratio(alone, [1]*len(alone)), 'tokens a second': {'value': round(tokens/took, 1), 'n': len(rows)}}
 
-# %% ../../nbs/training/16_report.ipynb #1109413f
+# %% ../../nbs/training/16_report.ipynb #c9bc2c6b
 def made_of(folder: Path) -> dict[str, Any]: # {} when something else wrote the folder
     "What waystation wrote into a model's folder when it made it."
     file = folder/'waystation.json'
@@ -223,16 +223,17 @@ def base_of(
 def open_model(
     folder: Path,         # A language model, or an adapter
     base: Path | None,    # What `base_of` said
+    store: Store | None = None, # The one in use, whose settings count
     method: str = '',     # One of METHODS: how the frozen weights are loaded; '' for an adapter as in its training, else whole
 ) -> tuple[Any, Any]:     # The model, with its adapter on if there is one, and its tokenizer
     "Load a model to be asked."
     linear_modules(base or folder)  # what is no language model is refused
     tokenizer = AutoTokenizer.from_pretrained(folder if any(folder.glob('tokenizer*')) or not base else base)
     method = method or (base and made_of(folder).get('params', {}).get('method')) or 'lora'
-    model = load_model(base or folder, method, precision()[0]).eval()
+    model = load_model(base or folder, method, precision(store=store.url if store else '')[0]).eval()
     return PeftModel.from_pretrained(model, folder).eval() if base else model, tokenizer
 
-# %% ../../nbs/training/16_report.ipynb #02775787
+# %% ../../nbs/training/16_report.ipynb #3a969d92
 def report_answers(
     folder: Path,          # A model or an adapter
     rows: list[dict],      # Normalised
@@ -248,7 +249,7 @@ def report_answers(
     try: re.compile(pattern)
     except re.error as e: raise Refused(f"refusal={refusal!r} is not a regular expression ({e}); give one, or '' for the usual words") from e
     if max_new < 1: raise Refused(f'max_new={max_new} must be above 0: an answer has at least one token')
-    model, tokenizer = open_model(folder, path)
+    model, tokenizer = open_model(folder, path, store)
     grounded = [r for r in rows if {'passages', 'answer', 'cite'} <= r.keys()]
     bare, checked = unanswerable(grounded), calibrate(grounded, support) if grounded else {}
     def count(outputs, more): return mark_all(rows, outputs, more, fits, pattern, support, checked.get('limit', 0.))

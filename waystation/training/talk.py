@@ -96,7 +96,7 @@ class Talk:
             if said := words.text.strip(): self.turns += [dict(role='user', content=question), dict(role='assistant', content=said)]
         return said
 
-# %% ../../nbs/training/19_talk.ipynb #79e60399
+# %% ../../nbs/training/19_talk.ipynb #723422ad
 def open_talk(
     model: str,                # A model or an adapter: a folder, store:NAME, asset:NAME or a hub id
     store: Store | None = None,# Where store: names are looked up
@@ -111,7 +111,7 @@ def open_talk(
     under = base_of(folder, store)
     if base and not under: raise Refused(f'model={model!r} is a whole model and has no base under it; leave base out')
     taught = made_of(folder).get('system') or ''  # who was trained under one system message expects it
-    return Talk(*open_model(folder, under), say, system or taught, base)
+    return Talk(*open_model(folder, under, store), say, system or taught, base)
 
 # %% ../../nbs/training/19_talk.ipynb #5b6c13ea
 def converse(
