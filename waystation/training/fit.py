@@ -6,7 +6,7 @@
 __all__ = ['FOUR_BITS', 'ADAMW', 'ADAMW_8BIT', 'HOLES', 'MAPPED', 'WORKSPACE', 'FIRST_USE', 'ASSUMED', 'skeleton', 'standing',
            'Shape', 'Way', 'batches', 'in_heap', 'Ledger', 'walk', 'passing', 'memory', 'preflight', 'report']
 
-# %% ../../nbs/training/18_fit.ipynb #f251ebc2
+# %% ../../nbs/training/18_fit.ipynb #0c31d1a7
 import gc, sys, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -34,11 +34,11 @@ from ..recipe import locate
 from ..runtime import Device, Refused, devices, host_memory, prices, settings
 from ..store import Store
 from .chat import Coded, code_rows
-from .device import Plan, plan
+from .device import Plan, plan, recomputing
 from .flat import arrange, collate, lay_flat, pieces
 from .lint import find_rows, refuse, set_aside, steps_of
 
-# %% ../../nbs/training/18_fit.ipynb #71944e6f
+# %% ../../nbs/training/18_fit.ipynb #9144cd3d
 def skeleton(
     path:Any,          # A folder with config.json
     p:dict[str,Any],   # Parameters of `train`
@@ -54,7 +54,7 @@ def skeleton(
         if w.requires_grad: w.data = w.data.float()  # as the trainer does
     if p.get('gradient_checkpointing'):
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({'use_reentrant': False, 'preserve_rng_state': False})  # there is no random state without content
+        getattr(model, f'{recomputing()}_enable')({'use_reentrant': False, 'preserve_rng_state': False})  # there is no random state without content
     return model.train()
 
 # %% ../../nbs/training/18_fit.ipynb #e6a3454d
