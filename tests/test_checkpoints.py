@@ -19,7 +19,7 @@ from waystation.runtime import Refused
 from waystation.seal import blob_key
 from waystation.sealer import Sealer
 from waystation.store import Store
-from waystation.training.checkpoints import SealCallback, latest_good
+from waystation.training.checkpoints import SealCallback, Sigterm, latest_good
 
 BASE = "runs/x/train/1/checkpoints"
 
@@ -220,6 +220,26 @@ def test_at_most_one_on_its_way_and_one_waiting(store, tmp_path):
     assert sealer.submit(tmp_path / "checkpoint-9", "runs/y/3") > 0.3 > max(took)
     sealer.drain()
     assert max(seen) <= 2 and sealer.blocked_s > 0.3
+
+
+def test_a_second_sigterm_does_what_it_did_before():
+    told = []
+    was = signal.signal(signal.SIGTERM, lambda *_: told.append("as before"))
+    try:
+        before, heard = signal.getsignal(signal.SIGTERM), Sigterm()
+        heard.listen()
+        heard.listen()
+        assert not heard.heard
+        signal.raise_signal(signal.SIGTERM)
+        assert heard.heard and told == []
+        signal.raise_signal(signal.SIGTERM)
+        assert told == ["as before"]
+        heard.listen()
+        heard.forget()
+        heard.forget()
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, was)
 
 
 def test_retention_after_a_newer_seal_is_durable(store, tmp_path):
