@@ -71,7 +71,7 @@ def standing(
     return dict(frozen_weights=sum(w.numel()*(FOUR_BITS if id(w) in packed else w.element_size()) for w in frozen),
                 adapter=4.*n, gradients=4.*n, optimizer=(ADAMW if optimizer == 'adamw' else ADAMW_8BIT)*n)
 
-# %% ../../nbs/training/18_fit.ipynb #c58eba38
+# %% ../../nbs/training/18_fit.ipynb #96599dda
 @dataclass(frozen=True)
 class Shape:
     "What goes through the model at once."
@@ -100,6 +100,7 @@ class Way:
         laid = [(p['lengths'], *arrange(p, self.share)) for p in pieces(collate(rows), self.piece)]
         return [Shape(len(n), asked['input_ids'].shape[1], int((labels[:, 1:] != -100).sum()), tuple(asked['rows'])) for n, asked, labels in laid]
 
+# %% ../../nbs/training/18_fit.ipynb #ea7b7691
 def batches(
     coded:Sequence[Coded], # Rows to train on
     p:dict[str,Any],       # Parameters of `train`
