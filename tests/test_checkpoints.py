@@ -13,7 +13,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_train import tiny_model
 
 from waystation.runtime import Refused
 from waystation.seal import blob_key
@@ -54,11 +53,6 @@ h = hashlib.sha256()
 for _, w in sorted(m.state_dict().items()): h.update(w.numpy().tobytes())
 print(step, h.hexdigest(), [x['loss'] for x in trainer.state.log_history if 'loss' in x])
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from proving import PROVE
-from test_train import go, model  # noqa: F401  the fixtures of a tiny model
+from test_train import go  # noqa: F401  the fixture
 
 from torch.distributed.tensor import DTensor
 from waystation import recipe
@@ -33,7 +33,7 @@ def card(monkeypatch):
     scored, tried = trainer.Tuner.scored, []
 
     def small(rows, since=0, error=FULL, evaluating=False):
-        def full(self, model, inputs):  # noqa: F811
+        def full(self, model, inputs):
             n = len(inputs["lengths" if "lengths" in inputs else "input_ids"])  # rows that are laid end to end say how long each is
             if model.training != evaluating and self.state.global_step >= since and n > rows:
                 tried.append((self.state.global_step, n))
