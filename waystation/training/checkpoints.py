@@ -79,10 +79,11 @@ def reached(
     return dict(step=state.global_step, epoch=state.epoch, loss=last('loss'), learning_rate=last('learning_rate'), **evals, **basis(),
                 precision=kind, scaled=bool(args.fp16))
 
-# %% ../../nbs/training/13_checkpoints.ipynb #5cf3b7bb
+# %% ../../nbs/training/13_checkpoints.ipynb #7af11592
 class Sigterm:
     "Hears the first SIGTERM; a second one does what it did before."
-    heard, old = False, None
+    heard = False
+    old:Any = None # What heard it before
 
     def listen(self):
         if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._hear:

@@ -247,9 +247,9 @@ class Teller(SealCallback):
         try: super().__exit__(*exc)
         finally: self.told()
 
-# %% ../../nbs/training/14_trainer.ipynb #4ac37803
+# %% ../../nbs/training/14_trainer.ipynb #33d676f6
 class Keeper(Teller):
-    "And stops a run that has gone wrong."
+    "A teller that stops a run that has gone wrong."
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.diverging = Diverging()
