@@ -15,24 +15,21 @@ are taken within a round, then the median over rounds. Padding to the limit is m
 import argparse
 import json
 import os
-import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-if __name__ == "__main__":  # before anything that counts cores is imported: XLA, ONNX and OpenVINO take a thread for each that they see
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
-                      WAYSTATION_WANDB_MODE="disabled", JAX_PLATFORMS="cpu")
+from figures import one_core, show, spread, taken
+
+if __name__ == "__main__":
+    one_core(JAX_PLATFORMS="cpu")
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 RESULT, GUIDE = HERE / "embed.json", HERE.parent / "lit" / "guides" / "padding.md"
-BEGIN, END = "<!-- from benchmarks/embed.json -->\n", "<!-- end -->\n"
+BEGIN = "<!-- from benchmarks/embed.json -->\n"
 ST, PAD, SORTED, FLAT, DNN, JAX = "sentence-transformers", "padded to the limit", "sorted torch loop", "waystation torch", "waystation onednn", "waystation jax"
 FIFTH = 5
 ONNX, OPENVINO = "sentence-transformers, ONNX", "sentence-transformers, OpenVINO"
@@ -226,11 +223,6 @@ def overhead(folder: Path, texts: list[str], rounds: int) -> tuple[dict, list]:
     return spread(found), [[n, spread(t / thousands[n] for t in took)] for n, took in sizes.items()]
 
 
-def spread(values) -> dict:
-    values = list(values)
-    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
-
-
 def measure(name: str, folder: Path, texts: list[str], rounds: int, backends: str) -> dict:
     import numpy as np
     found, absent = ways(folder, backends)
@@ -278,11 +270,6 @@ def tables(result: dict) -> str:
                       + ", ".join(f"{k} {x}" for k, x in v.items()) + "."]) + "\n"
 
 
-def write_table() -> None:
-    text = GUIDE.read_text()
-    GUIDE.write_text(text.split(BEGIN)[0] + BEGIN + "\n" + tables(json.loads(RESULT.read_text())) + "\n" + END + text.split(END)[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--scale", type=float, default=1.0, help="share of the texts")
@@ -295,12 +282,8 @@ def main() -> None:
     if args.worker:
         return worker(*args.worker)
     if args.table:
-        return write_table()
-    from importlib.metadata import version
-
+        return show(GUIDE, BEGIN, tables(json.loads(RESULT.read_text())))
     import torch
-
-    from waystation.runtime import devices
     torch.set_num_threads(1)
     result = {"sets": {}}
     for name, (folder, texts) in collections(args.scale).items():
@@ -308,11 +291,10 @@ def main() -> None:
             result["sets"][name] = measure(name, folder, texts, args.rounds, args.backends)
     if args.set and RESULT.exists():
         result["sets"] = json.loads(RESULT.read_text())["sets"] | result["sets"]
-    result |= dict(date=date.today().isoformat(), machine=f"{devices()[-1].name} ({platform.machine()}, {os.cpu_count()} threads)",
-                   versions={p: version(p) for p in ("torch", "jax", "sentence-transformers", "transformers")})
+    result |= taken("torch", "jax", "sentence-transformers", "transformers")
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(tables(result))
-    write_table()
+    show(GUIDE, BEGIN, tables(result))
 
 
 if __name__ == "__main__":

@@ -16,41 +16,25 @@ that were held out whole, so that none is stored. The million rows of `search` a
 
 import argparse
 import json
-import os
-import platform
 import random
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-if __name__ == "__main__":  # before anything that counts cores is imported
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", RAYON_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1",
-                      WAYSTATION_WANDB_MODE="disabled")
+from figures import cell, goal, grid, memory, one_core, show, spread, taken
+
+if __name__ == "__main__":
+    one_core()
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 RESULT, GUIDE = HERE / "export.json", HERE.parent / "lit" / "guides" / "tables.md"
-END = "<!-- end -->\n"
 SHAPES = {"100,000 x 384": (100_000, 384), "20,000 x 2,560": (20_000, 2560)}
 OURS, RECIPE = "waystation", "lists, pandas, overwrite"
 
 
-def spread(values, digits=3) -> dict:
-    values = list(values)
-    return {"median": round(statistics.median(values), digits), "min": round(min(values), digits), "max": round(max(values), digits), "n": len(values)}
-
-
 # -- what runs in a process of its own
-
-
-def memory() -> tuple[float, float]:
-    "MB of this process: the most so far, and now. Not ru_maxrss, which a child inherits."
-    said = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines() if ":" in line)
-    return tuple(int(said[k].split()[0]) / 1024 for k in ("VmHWM", "VmRSS"))
 
 
 def shards_of(folder: Path) -> list[tuple[str, Path]]:
@@ -440,23 +424,11 @@ PARTS = {"write": (write, 3), "growth": (growth, 3), "checkpoint": (checkpoint, 
 # -- the tables
 
 
-def cell(x: dict, form: str = "{:.2f}") -> str:
-    return "{} ({} to {})".format(*(form.format(x[k]) for k in ("median", "min", "max")))
-
-
-def lines(head: list[str], *body: list) -> list[str]:
-    return ["| " + " | ".join(map(str, line)) + " |" for line in (head, ["---"] * len(head), *body)] + [""]
-
-
-def goal(reached: bool) -> str:
-    return "reached" if reached else "MISSED"
-
-
 def table_write(x: dict) -> list[str]:
     out = []
     for shape, ways in x.items():
         out += [f"**{shape}**, made up, from sealed shards:", ""]
-        out += lines(["", "CPU s", "wall s", "peak MB", "of it grown"], *(
+        out += grid(["", "CPU s", "wall s", "peak MB", "of it grown"], *(
             [w, cell(v["cpu"]), cell(v["wall"]), cell(v["peak"], "{:.0f}"), cell(v["grew"], "{:.0f}")] for w, v in ways.items() if w in WRITES))
         r = ways["recipe / ours"]
         fast, small = min(r[k]["median"] for k in ("cpu", "wall")), r["peak"]["median"]
@@ -467,13 +439,13 @@ def table_write(x: dict) -> list[str]:
 
 
 def table_growth(x: dict) -> list[str]:
-    return ["**Ten times the rows**, 384 numbers each:", "", *lines(["rows", "CPU s", "wall s", "peak MB"], *(
+    return ["**Ten times the rows**, 384 numbers each:", "", *grid(["rows", "CPU s", "wall s", "peak MB"], *(
         [n, cell(v["cpu"]), cell(v["wall"]), cell(v["peak"], "{:.0f}")] for n, v in x.items()))]
 
 
 def table_checkpoint(x: dict) -> list[str]:
     ways = list(next(iter(x.values())))
-    return ["**5,000 more rows made safe**, CPU s:", "", *lines(["rows so far", *ways], *([n, *(cell(v[w]["cpu"], "{:.3f}") for w in ways)] for n, v in x.items()))]
+    return ["**5,000 more rows made safe**, CPU s:", "", *grid(["rows so far", *ways], *([n, *(cell(v[w]["cpu"], "{:.3f}") for w in ways)] for n, v in x.items()))]
 
 
 def chosen(way: str, found: dict) -> list[dict]:
@@ -498,7 +470,7 @@ def table_search(x: dict) -> list[str]:
             for k, s in enumerate(chosen(way, found)):
                 first = [way, f"{found['build_cpu']:.1f}", f"{found['index_bytes'] / 1e6:.1f}"] if k == 0 else ["", "", ""]
                 body.append([*first, s["setting"], f"{s['recall']:.3f}", f"{per_second(s, 'cpu'):.0f}", f"{per_second(s, 'wall'):.0f}"])
-        out += lines(["", "build CPU s", "index MB", "setting", "recall@10", "queries a CPU s", "queries a s"], *body)
+        out += grid(["", "build CPU s", "index MB", "setting", "recall@10", "queries a CPU s", "queries a s"], *body)
     if "100,000" in x:
         auto, theirs = (x["100,000"][w] for w in (AUTO, DEFAULTS))
         ours, other = chosen(AUTO, auto)[0], chosen(DEFAULTS, theirs)[-1]
@@ -514,7 +486,7 @@ def table_search(x: dict) -> list[str]:
 
 def table_storage(x: dict) -> list[str]:
     body = ([n, f"{v['bytes']:.0f}", f"{v['recall']:.4f}", f"{1000 * v['cpu']['median']:.0f}"] for n, v in x.items())
-    return ["**100,000 vectors** of 384 numbers, exact search:", "", *lines(["kept as", "bytes a row in the table", "recall@10", "CPU ms a question"], *body)]
+    return ["**100,000 vectors** of 384 numbers, exact search:", "", *grid(["kept as", "bytes a row in the table", "recall@10", "CPU ms a question"], *body)]
 
 
 def tables(result: dict) -> dict[str, str]:
@@ -529,22 +501,13 @@ def begin(part: str) -> str:
 
 
 def put_into_guide(result: dict) -> None:
-    text = GUIDE.read_text()
     for part, told in tables(result).items():
-        if begin(part) in text:
-            before, after = text.split(begin(part))
-            text = before + begin(part) + "\n" + told + "\n" + END + after.split(END, 1)[1]
-    GUIDE.write_text(text)
+        show(GUIDE, begin(part), told)
 
 
 def keep(part: str, found: dict) -> None:
-    from importlib.metadata import version
-
-    from waystation.runtime import devices
     result = json.loads(RESULT.read_text()) if RESULT.exists() else {}
-    result |= {part: found, "date": date.today().isoformat(), "machine": f"{devices()[-1].name} ({platform.machine()}, {os.cpu_count()} threads)",
-               "versions": {p: version(p) for p in ("lancedb", "pylance", "pyarrow", "numpy")}}
-    RESULT.write_text(json.dumps(result, indent=1) + "\n")
+    RESULT.write_text(json.dumps(result | {part: found} | taken("lancedb", "pylance", "pyarrow", "numpy"), indent=1) + "\n")
 
 
 def main() -> None:

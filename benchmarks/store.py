@@ -16,12 +16,13 @@ import os
 import platform
 import random
 import shutil
-import statistics
 import subprocess
 import sys
 import tempfile
 import time
 from pathlib import Path
+
+from figures import cell, goal, grid, show, spread
 
 HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE.parent), str(HERE.parent / "tests")]
@@ -34,7 +35,8 @@ from servers import gcs, program  # noqa: E402
 
 NET = {"latency": 0.04, "bytes_per_second": 25e6}
 SHAPES = {"80 x 100 KB": (80, 100_000), "4 x 20 MB": (4, 20_000_000)}
-RESULT = HERE / "store.json"
+RESULT, GUIDE = HERE / "store.json", HERE.parent / "lit" / "guides" / "resume.md"
+BEGIN = "<!-- from benchmarks/store.json -->\n"
 
 
 def fill(folder: Path, count: int, size: int, seed) -> Path:
@@ -43,10 +45,6 @@ def fill(folder: Path, count: int, size: int, seed) -> Path:
     for i in range(count):
         (folder / f"part{i:03}.bin").write_bytes(random.Random(f"{seed}/{i}").randbytes(size))
     return folder
-
-
-def spread(values: list[float]) -> dict:
-    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
 
 
 @contextlib.contextmanager
@@ -294,20 +292,6 @@ def listing(rounds: int) -> dict:
 # -- the tables
 
 
-def cell(x: dict, form="{:.2f}") -> str:
-    return "{} ({} to {})".format(*(form.format(x[k]) for k in ("median", "min", "max")))
-
-
-def rows(*lines) -> list[str]:
-    "A Markdown table of lists of cells, the first of them its head."
-    told = ["| " + " | ".join(map(str, line)) + " |" for line in lines]
-    return [told[0], "|---" * len(lines[0]) + "|", *told[1:], ""]
-
-
-def goal(reached: bool) -> str:
-    return "reached" if reached else "MISSED"
-
-
 LOOP, OURS = "upload_from_filename, one by one", "Store.seal"
 
 
@@ -315,7 +299,7 @@ def table_upload(result: dict) -> list[str]:
     out = []
     for shape, ways in result.items():
         out += [f"**{shape}**, uploaded for the first time:", ""]
-        out += rows(["", "seconds", "its time / ours", "client's CPU s", "requests"],
+        out += grid(["", "seconds", "its time / ours", "client's CPU s", "requests"],
                     *([w, cell(x["seconds"]), cell(x["over ours"]), f"{x['cpu']['median']:.2f}", f"{x['requests']['median']:.0f}"]
                       for w, x in ways.items()))
         wanted, faster = 4 if "80" in shape else 2, ways[LOOP]["over ours"]["median"]
@@ -329,7 +313,7 @@ def table_again(x: dict) -> list[str]:
     same, new, sent = x["first / again, same process"], x["first / again, new process"], x["bytes changed / first"]["median"]
     mb = {k: f"{x[k]['median'] / 1e6:.2f}" for k in ("bytes first", "bytes again", "bytes changed")}
     return ["**One checkpoint, again**: an adapter of 40 MB, an optimizer of 80 MB, three small files.", "",
-            *rows(["", "seconds", "first / this", "MB sent"],
+            *grid(["", "seconds", "first / this", "MB sent"],
                   ["first time", cell(x["first"]), "1", mb["bytes first"]],
                   ["unchanged, same process", cell(x["again, same process"]), cell(same, "{:.1f}"), mb["bytes again"]],
                   ["unchanged, new process", cell(x["again, new process"]), cell(new, "{:.1f}"), ""],
@@ -342,7 +326,7 @@ def table_training(x: dict) -> list[str]:
     share, ways = x["share of the loop in submit"], ("Sealer", "one by one, in the loop")
     slow = x["one by one, in the loop / no upload"]["median"]
     return [f"**Training**, {STEPS} steps of fixed work on one core with 3 files of 40 MB written every {EVERY}, {x['Sealer']['n']} interleaved rounds:", "",
-            *rows(["", "seconds", "times as long"], ["no upload: files stay on the disk", cell(x["no upload"]), "1"],
+            *grid(["", "seconds", "times as long"], ["no upload: files stay on the disk", cell(x["no upload"]), "1"],
                   *([w, cell(x[w]), cell(x[f"{w} / no upload"])] for w in ways)),
             f"Of its time the training thread spends {cell(share, '{:.1%}')} in `submit` (goal: at most 3%; {goal(share['median'] <= 0.03)}). The wait at the end, "
             f"{cell(x['drain'])} s, is in the seconds. The usual loop {'more than doubles' if slow > 2 else 'does not double'} the time. What the background adds "
@@ -351,7 +335,7 @@ def table_training(x: dict) -> list[str]:
 
 def table_listing(x: dict) -> list[str]:
     return ["**Many seals** below one prefix:", "",
-            *rows(["", "`list`, s", "`latest`, s", "requests each"],
+            *grid(["", "`list`, s", "`latest`, s", "requests each"],
                   *([f"{k.split()[0]}, {int(k.split()[1]):,}", cell(v["list"], "{:.3f}"), cell(v["latest"], "{:.3f}"), v["requests"] or ""]
                     for k, v in x.items()))]
 
@@ -363,16 +347,6 @@ def tables(result: dict) -> str:
     m = result["machine"]
     return "\n".join([*out, f"Each figure is the median (least to most) of interleaved rounds; {m['cores']} cores for all of it: client, proxy and server. "
                             f"Python {m['python']}."])
-
-
-BEGIN, END = "<!-- written by benchmarks/store.py from store.json -->\n", "<!-- end of the benchmark -->"
-
-
-def put_into_guide(text: str) -> None:
-    guide = HERE.parent / "lit" / "guides" / "resume.md"
-    old = guide.read_text()
-    if BEGIN in old:
-        guide.write_text(old.split(BEGIN)[0] + BEGIN + "\n" + text + "\n" + END + old.split(END, 1)[1])
 
 
 PARTS = {"upload": (upload, 5), "again": (again, 5), "training": (training, 7), "listing": (listing, 5)}
@@ -394,9 +368,9 @@ def main():
         result["machine"] = {"cores": os.cpu_count(), "python": platform.python_version(), "system": platform.system()}
         if (args.rounds or rounds) >= rounds:
             RESULT.write_text(json.dumps(result, indent=1) + "\n")
-            put_into_guide(tables(result))
+            show(GUIDE, BEGIN, tables(result))
     if args.table:
-        put_into_guide(tables(result))
+        show(GUIDE, BEGIN, tables(result))
     print(tables(result))
 
 

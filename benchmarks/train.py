@@ -13,23 +13,22 @@ import argparse
 import inspect
 import json
 import os
-import platform
 import random
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from datetime import date
 from pathlib import Path
 
-if __name__ == "__main__":  # before torch counts the cores
-    os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    os.environ.update(OMP_NUM_THREADS="1", MKL_NUM_THREADS="1", TOKENIZERS_PARALLELISM="false", HF_HUB_OFFLINE="1", WAYSTATION_WANDB_MODE="disabled")
+from figures import memory, one_core, show, spread, taken
+
+if __name__ == "__main__":
+    one_core()
 HERE = Path(__file__).resolve().parent
 sys.path.insert(0, str(HERE.parent))
 RESULT, GUIDE = HERE / "train.json", HERE.parent / "lit" / "guides" / "training-speed.md"
-BEGIN, END = "<!-- from benchmarks/train.json -->\n", "<!-- end -->\n"
+BEGIN = "<!-- from benchmarks/train.json -->\n"
 OURS, TRL, RECIPE = "waystation", "TRL's defaults", "the recipe"
 WAYS = tuple(f"{way}, {dtype}" for dtype in ("bfloat16", "float32") for way in (OURS, TRL, RECIPE))
 EIGHT, MODEL = 8, "asset:smollm2-135m"
@@ -46,9 +45,7 @@ def measured(run):
     "CPU and wall seconds of a call, and the process's largest size so far, in MB."
     c, w = time.process_time(), time.perf_counter()
     run()
-    cpu, wall = time.process_time() - c, time.perf_counter() - w
-    peak = next(int(x.split()[1]) for x in Path("/proc/self/status").read_text().splitlines() if x.startswith("VmHWM"))
-    return dict(cpu=cpu, wall=wall, peak=peak / 1024)
+    return dict(cpu=time.process_time() - c, wall=time.perf_counter() - w, peak=memory()[0])
 
 
 def frozen(dtype):
@@ -168,11 +165,6 @@ def rows(folder: Path, steps: int) -> dict:
                 median=int(statistics.median(n)), longest=max(n), limit=512)  # fmt: skip
 
 
-def spread(values) -> dict:
-    values = list(values)
-    return {"median": round(statistics.median(values), 3), "min": round(min(values), 3), "max": round(max(values), 3), "n": len(values)}
-
-
 def measure(ways: list[str], steps: int, rounds: int, work: Path) -> dict:
     found, adapters, about = {w: [] for w in ways}, {}, rows(work, steps)
     for r in range(rounds):
@@ -216,11 +208,6 @@ def tables(result: dict) -> str:
                       + ", ".join(f"{k} {x}" for k, x in v.items()) + "."]) + "\n"
 
 
-def write_table() -> None:
-    text = GUIDE.read_text()
-    GUIDE.write_text(text.split(BEGIN)[0] + BEGIN + "\n" + tables(json.loads(RESULT.read_text())) + "\n" + END + text.split(END)[1])
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=3)
@@ -233,21 +220,18 @@ def main() -> None:
     if args.worker:
         return worker(args.worker[0], Path(args.worker[1]), args.steps)
     if args.table:
-        return write_table()
-    from importlib.metadata import version
-
-    from waystation.runtime import devices, precision
+        return show(GUIDE, BEGIN, tables(json.loads(RESULT.read_text())))
+    from waystation.runtime import precision
     with tempfile.TemporaryDirectory() as tmp:
         work = args.work or Path(tmp)
         work.mkdir(exist_ok=True)
         result = measure(args.way or list(WAYS), args.steps, args.rounds, work)
     if args.way:
         return print(json.dumps(result, indent=1))
-    result |= dict(chosen=precision()[0], date=date.today().isoformat(), machine=f"{devices()[-1].name} ({platform.machine()}, {os.cpu_count()} threads)",
-                   versions={p: version(p) for p in ("torch", "transformers", "trl", "peft", "bitsandbytes")})  # fmt: skip
+    result |= dict(chosen=precision()[0]) | taken("torch", "transformers", "trl", "peft", "bitsandbytes")
     RESULT.write_text(json.dumps(result, indent=1) + "\n")
     print(tables(result))
-    write_table()
+    show(GUIDE, BEGIN, tables(result))
 
 
 if __name__ == "__main__":

@@ -53,6 +53,32 @@ def run(capsys):
     return go
 
 
+@pytest.fixture(scope="module")
+def model(tmp_path_factory):
+    "A random Llama of two layers with a byte tokenizer; a test of another kind of model has a fixture of its own."
+    from test_train import tiny_model
+
+    return tiny_model(tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture
+def mounted():
+    "`with mounted(at, 'size=2m')`: a small disk; the test is skipped where none can be mounted."
+
+    @contextlib.contextmanager
+    def mount(at, options):
+        at.mkdir()
+        done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", at], capture_output=True, text=True)
+        if done.returncode:
+            pytest.skip(f"NOT CHECKED: no file system can be mounted here ({done.stderr.strip()})")
+        try:
+            yield at
+        finally:
+            subprocess.run(["umount", at], check=True)
+
+    return mount
+
+
 @pytest.fixture
 def power_goes():
     "`power_goes(number, go)`: run `go`, in which the power goes right after the seal of that checkpoint."

@@ -10,16 +10,17 @@ import sys
 import threading
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
-from test_train import tiny_model
 
-from waystation.runtime import Refused
+from waystation.runtime import Interrupted, Refused
 from waystation.seal import blob_key
 from waystation.sealer import Sealer
 from waystation.store import Store
-from waystation.training.checkpoints import SealCallback, latest_good
+from waystation.training import checkpoints
+from waystation.training.checkpoints import SealCallback, Sigterm, latest_good
 
 BASE = "runs/x/train/1/checkpoints"
 
@@ -54,11 +55,6 @@ h = hashlib.sha256()
 for _, w in sorted(m.state_dict().items()): h.update(w.numpy().tobytes())
 print(step, h.hexdigest(), [x['loss'] for x in trainer.state.log_history if 'loss' in x])
 """
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture
@@ -220,6 +216,54 @@ def test_at_most_one_on_its_way_and_one_waiting(store, tmp_path):
     assert sealer.submit(tmp_path / "checkpoint-9", "runs/y/3") > 0.3 > max(took)
     sealer.drain()
     assert max(seen) <= 2 and sealer.blocked_s > 0.3
+
+
+@pytest.mark.parametrize("others, at", [([False, False], None), ([False, True], 4), ([True, False], 2)])
+def test_what_one_process_hears_all_do(tmp_path, monkeypatch, others, at):
+    "Another process was asked to stop in the middle of step 2, or while the checkpoint of step 4 is written; or nobody was."
+    said = iter([[False, others[0]], [others[0]], [False, False], [others[1]]])  # at the end of a step, and when its checkpoint is there
+    monkeypatch.setattr(checkpoints, "processes", lambda: 2)
+    monkeypatch.setattr(torch.distributed, "barrier", lambda: None)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda t, op: t.copy_(torch.tensor(next(said)).int() | t))
+    args = SimpleNamespace(output_dir=tmp_path, save_only_model=False, bf16=False, fp16=False, device="cpu")
+
+    def go():
+        with SealCallback(Store(tmp_path / "store"), "runs/x", every_minutes=0, every_steps=4, progress=False) as keep:
+            for step in (2, 4):
+                state = SimpleNamespace(global_step=step, max_steps=9, epoch=0.1, log_history=[])
+                keep.on_step_end(args, state, control := SimpleNamespace(should_save=False))
+                if control.should_save:
+                    checkpoint(tmp_path / f"checkpoint-{step}", step)
+                    keep.on_save(args, state, None)
+                else:
+                    next(said)
+
+    if at:
+        with pytest.raises(Interrupted, match=f"sealed at step {at}"):
+            go()
+    else:
+        go()
+    assert Store(tmp_path / "store").list("runs/x")[-1] == f"runs/x/{at or 4}"
+
+
+def test_a_second_sigterm_does_what_it_did_before():
+    told = []
+    was = signal.signal(signal.SIGTERM, lambda *_: told.append("as before"))
+    try:
+        before, heard = signal.getsignal(signal.SIGTERM), Sigterm()
+        heard.listen()
+        heard.listen()
+        assert not heard.heard
+        signal.raise_signal(signal.SIGTERM)
+        assert heard.heard and told == []
+        signal.raise_signal(signal.SIGTERM)
+        assert told == ["as before"]
+        heard.listen()
+        heard.forget()
+        heard.forget()
+        assert signal.getsignal(signal.SIGTERM) is before
+    finally:
+        signal.signal(signal.SIGTERM, was)
 
 
 def test_retention_after_a_newer_seal_is_durable(store, tmp_path):

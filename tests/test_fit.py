@@ -13,6 +13,7 @@ from test_train import rows, tiny_model
 from waystation.runtime import Refused
 from waystation.stations.train import train
 from waystation.training import fit as part
+from waystation.training.device import recomputing
 from waystation.training.flat import lay_flat
 from waystation.training.trainer import linear_modules, load_model, shares
 
@@ -44,7 +45,7 @@ def real(model, p, shape):
     m = get_peft_model(load_model(model, "lora", "float32"), LoraConfig(r=p["lora_r"], target_modules=p["target_modules"].split(","), task_type="CAUSAL_LM")).train()
     if p.get("gradient_checkpointing"):
         m.enable_input_require_grads()
-        m.gradient_checkpointing_enable({"use_reentrant": False})
+        getattr(m, f"{recomputing()}_enable")({"use_reentrant": False})
     for w in m.parameters():
         if w.requires_grad:
             w.grad = torch.zeros_like(w)

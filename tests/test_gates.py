@@ -4,7 +4,7 @@ import json
 
 import nbformat
 import pytest
-from test_train import rows, tiny_model
+from test_train import rows
 
 from waystation.cli import main
 from waystation.recipe import Job, load_recipe, run_recipe
@@ -12,11 +12,6 @@ from waystation.runtime import GateFailed, Refused
 from waystation.stations.train import train
 from waystation.store import Store
 from waystation.training import trainer
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -348,19 +348,7 @@ def test_windows_can_have_every_name(ours, tmp_path):
     assert len({str(PureWindowsPath(k)).lower() for k in keys}) == len(keys) and "model/1_Pooling/config.json" in keys
 
 
-@contextlib.contextmanager
-def mounted(at: Path, options: str):
-    at.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", options, "none", at], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"NOT CHECKED: no file system can be mounted here ({done.stderr.strip()})")
-    try:
-        yield at
-    finally:
-        subprocess.run(["umount", at], check=True)
-
-
-def test_a_stick_that_is_too_small(ours, tmp_path, monkeypatch):
+def test_a_stick_that_is_too_small(ours, tmp_path, monkeypatch, mounted):
     seal, folder = ours
     need = sum(f["size"] for f in seal.files.values())
     with mounted(tmp_path / "stick", f"size={need // 2 // 4096 * 4096}") as stick:
@@ -378,7 +366,7 @@ def test_a_stick_that_is_too_small(ours, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("small", ["cache", "theirs"])
-def test_a_machine_that_is_too_small(ours, tmp_path, small, monkeypatch):
+def test_a_machine_that_is_too_small(ours, tmp_path, small, monkeypatch, mounted):
     seal, folder = ours
     pack(seal, folder, str(tmp_path / "stick"))
     monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "disk/cache" if small == "cache" else tmp_path / "cache"))
@@ -391,7 +379,7 @@ def test_a_machine_that_is_too_small(ours, tmp_path, small, monkeypatch):
         assert unpack(str(tmp_path / "stick"), store)["new"] and store.verify("vectors/notes/v1", read_data=True) == []
 
 
-def test_a_stick_that_cannot_be_written(ours, tmp_path):
+def test_a_stick_that_cannot_be_written(ours, tmp_path, mounted):
     seal, folder = ours
     with mounted(tmp_path / "stick", "size=64m") as stick:
         pack(seal, folder, str(stick / "a"))

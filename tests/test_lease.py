@@ -136,24 +136,29 @@ def test_renewals_keep_it_and_leave_two_files(make, kind):
     assert len(open_place(url).keys("leases/a")) == 2
 
 
+def at_once(many, url, run):
+    "So many ask for one run's lease at the same moment: the leases that were given, and what the others were told."
+    barrier = threading.Barrier(many)
+
+    def ask(_):
+        place = open_place(url)
+        barrier.wait()
+        try:
+            return Lease(place, run)
+        except Refused as e:
+            return str(e)
+
+    with ThreadPoolExecutor(many) as pool:
+        got = list(pool.map(ask, range(many)))
+    return [x for x in got if isinstance(x, Lease)], [x for x in got if isinstance(x, str)]
+
+
 @pytest.mark.parametrize("kind", ["folder", "gcs", "s3"])
 def test_one_of_many_gets_it(make, kind):
     url = make(kind)
     for round in range(10 if LONG else 2):
-        barrier = threading.Barrier(6)
-
-        def try_it(_, round=round, barrier=barrier):
-            place = open_place(url)
-            barrier.wait()
-            try:
-                return Lease(place, f"r{round}")
-            except Refused as e:
-                assert "is being written by" in str(e)
-                return None
-
-        with ThreadPoolExecutor(6) as pool:
-            won = [x for x in pool.map(try_it, range(6)) if x]
-        assert len(won) == 1
+        won, refused = at_once(6, url, f"r{round}")
+        assert len(won) == 1 and all("is being written by" in x for x in refused)
         won[0].check()
         won[0].release()
 
@@ -162,18 +167,7 @@ def test_one_of_many_gets_it(make, kind):
 def test_without_exclusive_create_the_user_is_told_once_and_one_stays(make, kind, caplog):
     url = make(kind)
     for round in range(6 if LONG else 2):
-        barrier = threading.Barrier(4)
-
-        def try_it(_, round=round, barrier=barrier):
-            place = open_place(url)
-            barrier.wait()
-            try:
-                return Lease(place, f"r{round}")
-            except Refused:
-                return None
-
-        with ThreadPoolExecutor(4) as pool:
-            won = [x for x in pool.map(try_it, range(4)) if x]
+        won, _ = at_once(4, url, f"r{round}")
         holding = []
         for lease in won:
             with contextlib.suppress(Refused):

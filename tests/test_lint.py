@@ -8,7 +8,6 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from test_train import tiny_model
 
 from waystation.cli import lint, main
 from waystation.recipe import Job
@@ -35,11 +34,6 @@ def made(n=40, **change):
 def write(path, rows):
     path.write_text("".join((r if isinstance(r, str) else json.dumps(r)) + "\n" for r in rows), encoding="utf-8")
     return str(path)
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

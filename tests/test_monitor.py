@@ -11,18 +11,13 @@ import time
 from types import SimpleNamespace
 
 import pytest
-from test_train import rows, tiny_model
+from test_train import rows
 
 from waystation import monitor
 from waystation.monitor import Monitor, announce, last_kept, post
 from waystation.runtime import GateFailed, Refused
 from waystation.stations.train import train
 from waystation.store import Store
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
 
 
 @pytest.fixture

@@ -247,6 +247,18 @@ def test_a_crash_at_every_call_leaves_everything_readable(folder, packed):
         assert stay(place) == end, die_at
 
 
+def left_behind(folder, expired):
+    "A store with a blob that no seal names; with `expired`, one prune has condemned it, and the next one that comes deletes it."
+    store = Store(Memory())
+    store.seal(folder(1), "c/1")
+    store.place.delete(["seals/c/1.json"])
+    store.place.later(2 * DAY)
+    if expired:
+        prune(store.place, grace=retention.GRACE)
+        store.place.later(2 * DAY)
+    return store
+
+
 @pytest.mark.parametrize("hold", [0, 0.5, 1.9])
 def test_a_writer_that_deduplicates_at_any_moment_of_a_prune(folder, hold):
     """A writer has seen a blob and commits up to two hours later; the prune that condemns, or the one that deletes, comes at any moment of it.
@@ -257,14 +269,8 @@ def test_a_writer_that_deduplicates_at_any_moment_of_a_prune(folder, hold):
         torn = 0
         for at in range(1, 40):
             for expired in (False, True):
-                store = Store(Memory())
+                store = left_behind(folder, expired)
                 place = store.place
-                store.seal(folder(1), "c/1")
-                place.delete(["seals/c/1.json"])
-                place.later(2 * DAY)
-                if expired:  # the prune that races is the one that deletes
-                    prune(place, grace=retention.GRACE)
-                    place.later(2 * DAY)
                 writer, work, commit = Store(place), folder(1), []
 
                 def upload(writer=writer, work=work, commit=commit):
@@ -320,14 +326,8 @@ def test_a_sync_at_any_moment_of_a_prune_of_its_target(folder, hold, monkeypatch
     for grace, safe in (retention.GRACE, True), (0.0, False):
         torn = rounds = 0
         for at, expired in itertools.product(range(1, 60), (False, True)):
-            store = Store(Memory())
+            store = left_behind(folder, expired)
             place = store.place
-            store.seal(folder(1), "c/1")
-            place.delete(["seals/c/1.json"])
-            place.later(2 * DAY)
-            if expired:  # the prune that races is the one that deletes
-                prune(place, grace=retention.GRACE)
-                place.later(2 * DAY)
             start, original, create, begun = place.calls, place._call, place.create, []
             ready, go = threading.Event(), threading.Event()
 

@@ -5,14 +5,14 @@ import sys
 
 import pytest
 
-from test_train import model, rows  # noqa: F401
+from test_train import rows
 from waystation.runtime import Refused
 from waystation.stations.train import train
 
 
 
 @pytest.fixture
-def go(model, tmp_path, monkeypatch):  # noqa: F811
+def go(model, tmp_path, monkeypatch):
     monkeypatch.setenv("WAYSTATION_WANDB_MODE", "disabled")
     monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
     few = dict(run="g", store=str(tmp_path / "store"), task="grpo", model=model, data=rows(tmp_path / "rows.jsonl"), rewards="length, exact=0.5", generations=4,

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import test_classify
 from safetensors.torch import load_file
-from test_train import go, model, rows  # noqa: F401  the fixtures of a tiny model
+from test_train import go, rows  # noqa: F401  the fixture
 from test_training_device import in_two_processes
 
 from waystation.stations.train import train
@@ -80,7 +80,7 @@ def test_labels_in_two_processes(cut, tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-def test_marks_in_two_processes(cut, tmp_path, model):  # noqa: F811
+def test_marks_in_two_processes(cut, tmp_path, model):
     how = FEW | dict(run="two", store=str(tmp_path / "store"), task="grpo", model=model, data=rows(tmp_path / "rows.jsonl"), rewards="length", generations=4)
     two = cut(how | dict(warmup_steps=0, eval_rows=3))
     seeds = [Path(tmp_path, f"seed-{r}").read_text() for r in (0, 1)]

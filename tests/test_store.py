@@ -38,13 +38,8 @@ def test_one_of_four_writers_wins_a_name(tmp_path):
         assert Store(tmp_path / str(round)).read("models/a/v1").meta == {"who": winner}
 
 
-def test_a_full_disk_is_refused_and_what_was_sealed_stays(tmp_path):
-    mount = tmp_path / "small"
-    mount.mkdir()
-    done = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", mount], capture_output=True, text=True)
-    if done.returncode:
-        pytest.skip(f"a small disk cannot be mounted here: {done.stderr.strip()}")
-    try:
+def test_a_full_disk_is_refused_and_what_was_sealed_stays(tmp_path, mounted):
+    with mounted(tmp_path / "small", "size=2m") as mount:
         (tmp_path / "work").mkdir()
         (tmp_path / "work/a").write_bytes(os.urandom(1_000_000))
         store = Store(mount / "store")
@@ -55,8 +50,6 @@ def test_a_full_disk_is_refused_and_what_was_sealed_stays(tmp_path):
         assert store.list() == ["models/a/v1"]
         assert store.verify("models/a/v1", read_data=True) == []
         assert not list((mount / "store/.tmp").iterdir())
-    finally:
-        subprocess.run(["umount", mount], check=True)
 
 
 def test_a_place_that_cannot_be_written_is_refused(tmp_path):

@@ -47,11 +47,6 @@ def tiny_run(tmp, **how):
         return train(run="t", store=str(tmp / "store"), model=tiny_model(tmp / "model"), data=rows(tmp / "rows.jsonl"), **few | how)
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory):
-    return tiny_model(tmp_path_factory.mktemp("model"))
-
-
 def rows(path, n=40, **change):
     "A file of rows; keyword arguments replace row 7's values."
     made = [{"id": f"r{i}", "prompt": f"Say {i}.", "completion": f"It is {i}!"} for i in range(n)]

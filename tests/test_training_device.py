@@ -6,20 +6,21 @@ import multiprocessing
 import os
 import signal
 import socket
+import warnings
 import weakref
 from pathlib import Path
 
 import pytest
 import torch
 from proving import PROVE
-from test_train import go, model  # noqa: F401  the fixtures of a tiny model
+from test_train import go  # noqa: F401  the fixture
 
 from torch.distributed.tensor import DTensor
 from waystation import recipe
 from waystation.runtime import Interrupted, Refused
 from waystation.stations.train import train
 from waystation.store import Store
-from waystation.training import trainer
+from waystation.training import device, trainer
 from waystation.training.checkpoints import SealCallback, missing
 
 FULL = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 MiB.")
@@ -32,7 +33,7 @@ def card(monkeypatch):
     scored, tried = trainer.Tuner.scored, []
 
     def small(rows, since=0, error=FULL, evaluating=False):
-        def full(self, model, inputs):  # noqa: F811
+        def full(self, model, inputs):
             n = len(inputs["lengths" if "lengths" in inputs else "input_ids"])  # rows that are laid end to end say how long each is
             if model.training != evaluating and self.state.global_step >= since and n > rows:
                 tried.append((self.state.global_step, n))
@@ -131,6 +132,21 @@ def test_other_errors_are_not_memory(go, card):  # noqa: F811
     with pytest.raises(RuntimeError, match="mat1"):
         go(**HOW)
     assert tried == [(0, 8)]
+
+
+@pytest.mark.parametrize("on", [True, False])
+def test_computing_activations_again_by_the_name_that_it_has(tmp_path, monkeypatch, on):
+    "transformers 5.23 warns of the name that 5.22 has, and TRL's own default is that name, too."
+    from transformers import PreTrainedModel
+    from trl import SFTConfig
+
+    p = dict(batch_size=8, grad_accum=1, gradient_checkpointing=on)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", FutureWarning)
+        args = SFTConfig(str(tmp_path), **device.plan(p).arguments(p))
+    assert args.gradient_checkpointing is on, "TRL reads it so"
+    monkeypatch.delattr(PreTrainedModel, "activation_checkpointing_enable", raising=False)
+    assert [k for k in device.plan(p).arguments(p) if "checkpointing" in k] == ["gradient_checkpointing", "gradient_checkpointing_kwargs"]
 
 
 @pytest.mark.slow

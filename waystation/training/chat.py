@@ -147,7 +147,7 @@ def _csv(path: Path) -> Iterator[tuple[str, dict | str]]:
         except (csv.Error, UnicodeDecodeError) as e:
             raise Refused(f'{path}, after line {reader.line_num}, is not CSV in UTF-8 ({e}); write it again, with quotes around fields of several lines') from e
 
-# %% ../../nbs/training/10_chat.ipynb #5867a354
+# %% ../../nbs/training/10_chat.ipynb #835d96dd
 ROW_FILES = ('.jsonl', '.parquet', '.csv')
 
 def _files(path: Path) -> list[Path]:
@@ -162,6 +162,7 @@ def usual_names(
     row = next((r for f in _files(Path(path)) for _, r in _lines(f) if isinstance(r, dict)), {})
     return 'messages' in row or {'prompt', 'completion'} <= row.keys()
 
+# %% ../../nbs/training/10_chat.ipynb #71e02c3e
 def sort_rows(
     path: str | Path,   # JSONL, Parquet or CSV, or a folder of such files
     columns: str = '',  # Which columns are what, as `read_columns` reads it; '' where they have their usual names

@@ -4,7 +4,8 @@
 
 # %% auto #0
 __all__ = ['log', 'WEIGHTS', 'STATE', 'NEVER', 'ONLY_FULL', 'TORCH', 'RANDOM', 'LIBRARIES', 'PICKLES', 'missing', 'basis',
-           'moved', 'SealCallback', 'harmless', 'broken', 'latest_good']
+           'moved', 'reached', 'Sigterm', 'said_by_any', 'make_room', 'SealCallback', 'harmless', 'broken',
+           'latest_good']
 
 # %% ../../nbs/training/13_checkpoints.ipynb #bd466bcf
 import json, logging, math, pickle, re, shutil, signal, threading, time
@@ -64,7 +65,62 @@ def moved(
     if not told: return []
     return [f"after step {step} it went on under other conditions ({'; '.join(told)}): the result may differ in its last bits from that of an undisturbed run"]
 
-# %% ../../nbs/training/13_checkpoints.ipynb #e2be9fe0
+# %% ../../nbs/training/13_checkpoints.ipynb #969bfee3
+def reached(
+    args:Any,       # TrainingArguments
+    state:Any,      # Of the Trainer
+    model:Any=None,
+) -> dict[str,Any]: # step, epoch, loss, learning_rate, eval_…, what `basis` says, precision, scaled
+    "How far a training is, and how it got there."
+    logs = state.log_history
+    def last(key): return next((x[key] for x in reversed(logs) if key in x), None)
+    evals = next(({k: v for k, v in x.items() if k.startswith('eval_')} for x in reversed(logs) if any(k.startswith('eval_') for k in x)), {})
+    kind = 'bfloat16' if args.bf16 else 'float16' if args.fp16 else str(getattr(model, 'dtype', '')).removeprefix('torch.')
+    return dict(step=state.global_step, epoch=state.epoch, loss=last('loss'), learning_rate=last('learning_rate'), **evals, **basis(),
+                precision=kind, scaled=bool(args.fp16))
+
+# %% ../../nbs/training/13_checkpoints.ipynb #7af11592
+class Sigterm:
+    "Hears the first SIGTERM; a second one does what it did before."
+    heard = False
+    old:Any = None # What heard it before
+
+    def listen(self):
+        if threading.current_thread() is threading.main_thread() and signal.getsignal(signal.SIGTERM) != self._hear:
+            self.old = signal.signal(signal.SIGTERM, self._hear)
+
+    def _hear(self, *_):
+        self.heard = True
+        signal.signal(signal.SIGTERM, self.old)
+
+    def forget(self):
+        "Put the old handler back."
+        if signal.getsignal(signal.SIGTERM) == self._hear: signal.signal(signal.SIGTERM, self.old)
+
+# %% ../../nbs/training/13_checkpoints.ipynb #7da03b02
+def said_by_any(
+    args:Any,   # TrainingArguments
+    *said:bool, # What this process says
+) -> list[bool]:
+    "What any of the processes says."
+    if processes() == 1: return list(said)
+    told = torch.tensor(said, dtype=torch.int32, device=args.device)
+    torch.distributed.all_reduce(told, torch.distributed.ReduceOp.MAX)
+    return [bool(x) for x in told]
+
+# %% ../../nbs/training/13_checkpoints.ipynb #cb46f3ad
+def make_room(
+    store:Store,
+    name:str,                    # Of a seal
+    fence:Callable[[],Any]|None, # Raises when this process may no longer write
+) -> None:
+    "Remove a seal that is damaged, and no other."
+    if not (wrong := broken(store, name)): return
+    log.warning('%s is sealed anew, because %s', name, wrong)
+    if fence: fence()
+    store.place.delete([seal_key(name)])
+
+# %% ../../nbs/training/13_checkpoints.ipynb #172173c5
 class SealCallback(TrainerCallback):
     "Seals the checkpoints of a transformers Trainer in the background."
     def __init__(self,
@@ -94,45 +150,25 @@ class SealCallback(TrainerCallback):
         self.fence, self._seal = fence, seal or (lambda folder, name, meta: self.store.seal(folder, name, meta, fence))
         self.sealer = Sealer(self.store, fence, self._commit)
         self._passed:set[str] = set()  # seals of later steps than the one that the training went on from
-        self.asked_to_stop, self.last_step, self.sealed_at = False, -1, time.time()
+        self.sigterm, self.last_step, self.sealed_at = Sigterm(), -1, time.time()
         self.saving_s, self._save_began, self._began, self._before = 0., 0., time.time(), 0.
         self._scored = False
-        self._restore:Callable[[],Any] = lambda: None
 
     def on_train_begin(self, args, state, control, **kw):
         if args.save_only_model and self.what == 'full':
             raise Refused("save_only_model=True leaves out optimizer, scheduler and random states, so no resume would be exact; "
                           "leave it out, or pass what='adapter'")
-        self._restore = self._hear_sigterm()
+        self.sigterm.listen()
         self._began = self.sealed_at = time.time()
         here = f'{self.prefix}/{state.global_step}'
         self._passed = {n for n in self.store.list(self.prefix) if by_number(n) > by_number(here)}
         self._before = self.store.read(here).meta.get('seconds', 0.) if state.global_step and self.store.has(here) else 0.
 
-    def _hear_sigterm(self) -> Callable[[],Any]: # Call it to put the old handler back
-        "Let the first SIGTERM end the run after the step under way; a second one does what it did before."
-        if threading.current_thread() is not threading.main_thread(): return lambda: None
-        old = signal.getsignal(signal.SIGTERM)
-        def stop(*_):
-            self.asked_to_stop = True
-            signal.signal(signal.SIGTERM, old)
-        signal.signal(signal.SIGTERM, stop)
-        def restore():
-            if signal.getsignal(signal.SIGTERM) is stop: signal.signal(signal.SIGTERM, old)
-        return restore
-
-    def _agree(self, args:Any, late:bool) -> bool: # Whether it is late for any process
-        "Several processes seal at the same step: clocks differ, and a signal may reach one of them alone."
-        if processes() == 1: return late
-        said = torch.tensor([late, self.asked_to_stop], dtype=torch.int32, device=args.device)
-        torch.distributed.all_reduce(said, torch.distributed.ReduceOp.MAX)
-        self.asked_to_stop = bool(said[1])
-        return bool(said[0])
-
     def on_step_end(self, args, state, control, **kw):
         due = self.every_steps and state.global_step % self.every_steps == 0
-        late = self._agree(args, bool(self.every_minutes and time.time() - self.sealed_at > 60*self.every_minutes))
-        if due or late or self.asked_to_stop or state.global_step >= state.max_steps: control.should_save = True  # never False: Trainer may want one of its own
+        late = bool(self.every_minutes and time.time() - self.sealed_at > 60*self.every_minutes)
+        now = any(said_by_any(args, late, self.sigterm.heard))
+        if due or now or state.global_step >= state.max_steps: control.should_save = True  # never False: Trainer may want one of its own
         self._save_began = time.time()
 
     def on_epoch_end(self, args, state, control, **kw):
@@ -151,7 +187,7 @@ class SealCallback(TrainerCallback):
         if is_main(): self.seal(folder, step, self.facts(args, state, kw.get('model')))
         self.last_step, self.sealed_at = step, time.time()
         self.saving_s += time.time() - self._save_began  # the trainer's own writing, the copy, and waiting for room
-        if self.asked_to_stop:
+        if any(said_by_any(args, self.sigterm.heard)):
             self.close()
             raise Interrupted(f'asked to stop; sealed at step {step}, and the same command goes on from there')
 
@@ -167,20 +203,11 @@ class SealCallback(TrainerCallback):
 
     def facts(self, args:Any, state:Any, model:Any=None) -> dict[str,Any]:
         "What is known of a checkpoint: it rides in its manifest."
-        logs = state.log_history
-        def last(key): return next((x[key] for x in reversed(logs) if key in x), None)
-        evals = next(({k: v for k, v in x.items() if k.startswith('eval_')} for x in reversed(logs) if any(k.startswith('eval_') for k in x)), {})
-        kind = 'bfloat16' if args.bf16 else 'float16' if args.fp16 else str(getattr(model, 'dtype', '')).removeprefix('torch.')
-        found = dict(what=self.what, step=state.global_step, epoch=state.epoch, loss=last('loss'), learning_rate=last('learning_rate'), **evals, **basis(),
-                     precision=kind, scaled=bool(args.fp16), seconds=round(self._before + time.time() - self._began, 1))
+        found = dict(what=self.what, **reached(args, state, model), seconds=round(self._before + time.time() - self._began, 1))
         return {k: v for k, v in found.items() if not (isinstance(v, float) and not math.isfinite(v))} | self.about  # NaN is no JSON
 
     def _commit(self, folder:Path|None, name:str, meta:dict) -> None:
-        "Seal; a damaged seal of the same step, which the resume has passed over, makes room for the whole one."
-        if name in self._passed and (wrong := broken(self.store, name)):
-            log.warning('%s is sealed anew, because %s', name, wrong)
-            if self.fence: self.fence()
-            self.store.place.delete([seal_key(name)])
+        if name in self._passed: make_room(self.store, name, self.fence)
         self._seal(folder, name, meta)
 
     def _retire(self) -> None:
@@ -193,12 +220,12 @@ class SealCallback(TrainerCallback):
     def close(self) -> None:
         "Wait for the last seals, and put the signal's old handler back."
         try: self.sealer.drain(progress=self.progress)
-        finally: self._restore()
+        finally: self.sigterm.forget()
 
     def on_train_end(self, args, state, control, **kw): self.close()
     def __enter__(self) -> Self: return self
     def __exit__(self, kind, error, trace):
-        self._restore()
+        self.sigterm.forget()
         self.sealer.__exit__(kind, error, trace)
 
 # %% ../../nbs/training/13_checkpoints.ipynb #ccf71951

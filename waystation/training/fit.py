@@ -6,7 +6,7 @@
 __all__ = ['FOUR_BITS', 'ADAMW', 'ADAMW_8BIT', 'HOLES', 'MAPPED', 'WORKSPACE', 'FIRST_USE', 'ASSUMED', 'skeleton', 'standing',
            'Shape', 'Way', 'batches', 'in_heap', 'Ledger', 'walk', 'passing', 'memory', 'preflight', 'report']
 
-# %% ../../nbs/training/18_fit.ipynb #f251ebc2
+# %% ../../nbs/training/18_fit.ipynb #8394dfb2
 import gc, sys, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,12 +14,12 @@ from pathlib import Path
 from typing import Any
 
 # first: it quietens what peft says when it is imported
-from .trainer import METHODS, PIECE, autocasts, check_numbers, linear_modules, quiet, shares
+from .trainer import METHODS, PIECE, adapter, autocasts, check_numbers, linear_modules, quiet, shares, train_in_float32
 
 import numpy as np
 import psutil
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import get_peft_model
 from peft.helpers import disable_input_dtype_casting
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils import flop_counter
@@ -34,11 +34,11 @@ from ..recipe import locate
 from ..runtime import Device, Refused, devices, host_memory, prices, settings
 from ..store import Store
 from .chat import Coded, code_rows
-from .device import Plan, plan
+from .device import Plan, plan, recomputing
 from .flat import arrange, collate, lay_flat, pieces
 from .lint import find_rows, refuse, set_aside, steps_of
 
-# %% ../../nbs/training/18_fit.ipynb #71944e6f
+# %% ../../nbs/training/18_fit.ipynb #37a06234
 def skeleton(
     path:Any,          # A folder with config.json
     p:dict[str,Any],   # Parameters of `train`
@@ -47,14 +47,11 @@ def skeleton(
     "The frozen model with its new adapter, without content."
     with torch.device('meta'):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path), dtype=dtype).requires_grad_(False)
-        how = LoraConfig(r=p['lora_r'], lora_alpha=p['lora_alpha'], lora_dropout=p['lora_dropout'], task_type='CAUSAL_LM', use_rslora=p['method'] == 'rslora',
-                         use_dora=p['method'] == 'dora', target_modules=[t.strip() for t in p['target_modules'].split(',') if t.strip()])
-        model = get_peft_model(model, how)
-    for w in model.parameters():
-        if w.requires_grad: w.data = w.data.float()  # as the trainer does
+        model = get_peft_model(model, adapter(p))
+    train_in_float32(model)
     if p.get('gradient_checkpointing'):
         model.enable_input_require_grads()
-        model.gradient_checkpointing_enable({'use_reentrant': False, 'preserve_rng_state': False})  # there is no random state without content
+        getattr(model, f'{recomputing()}_enable')({'use_reentrant': False, 'preserve_rng_state': False})  # there is no random state without content
     return model.train()
 
 # %% ../../nbs/training/18_fit.ipynb #e6a3454d
@@ -74,7 +71,7 @@ def standing(
     return dict(frozen_weights=sum(w.numel()*(FOUR_BITS if id(w) in packed else w.element_size()) for w in frozen),
                 adapter=4.*n, gradients=4.*n, optimizer=(ADAMW if optimizer == 'adamw' else ADAMW_8BIT)*n)
 
-# %% ../../nbs/training/18_fit.ipynb #c58eba38
+# %% ../../nbs/training/18_fit.ipynb #96599dda
 @dataclass(frozen=True)
 class Shape:
     "What goes through the model at once."
@@ -103,6 +100,7 @@ class Way:
         laid = [(p['lengths'], *arrange(p, self.share)) for p in pieces(collate(rows), self.piece)]
         return [Shape(len(n), asked['input_ids'].shape[1], int((labels[:, 1:] != -100).sum()), tuple(asked['rows'])) for n, asked, labels in laid]
 
+# %% ../../nbs/training/18_fit.ipynb #ea7b7691
 def batches(
     coded:Sequence[Coded], # Rows to train on
     p:dict[str,Any],       # Parameters of `train`

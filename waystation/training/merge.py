@@ -171,7 +171,7 @@ def write_gguf(
         raise Refused(f"llama.cpp's converter could not write {to.name}: {last.strip()[:300]}. The merged model is sealed and stays; leave gguf out, or take a "
                       "newer llama.cpp")
 
-# %% ../../nbs/training/18_merge.ipynb #d6df57c7
+# %% ../../nbs/training/18_merge.ipynb #daa8422a
 def _gguf(job: Any, report: dict[str, Any], kind: str) -> str: # The seal's name
     "Seal the merged model as a GGUF file, once."
     if done := job.read(f'gguf-{kind}'): return done['model']
@@ -188,6 +188,7 @@ def _gguf(job: Any, report: dict[str, Any], kind: str) -> str: # The seal's name
     shutil.rmtree(to, ignore_errors=True)
     return job.note(f'gguf-{kind}', {'model': name})['model']
 
+# %% ../../nbs/training/18_merge.ipynb #94dcb2a0
 def merge(
     model: str,              # An adapter in the store
     store: str = '',         # Where it is; '' for the one in the settings

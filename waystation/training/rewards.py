@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWARDS', 'said', 'exact', 'form', 'length', 'read_rewards', 'Learner', 'check_answers', 'reinforce']
 
-# %% ../../nbs/training/17_rewards.ipynb #869e2356
+# %% ../../nbs/training/17_rewards.ipynb #ee7436ed
 import importlib, re
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..questions import stands_in
 from ..runtime import Refused
 from .device import one_card
-from .trainer import Course
+from .trainer import Course, arguments, train_in_float32
 
 # %% ../../nbs/training/17_rewards.ipynb #9444d869
 def said(completion:Any) -> str: # A message list, or plain text
@@ -84,7 +84,7 @@ class Learner(GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
-# %% ../../nbs/training/17_rewards.ipynb #c1269212
+# %% ../../nbs/training/17_rewards.ipynb #f772f017
 def check_answers(
     p:dict[str,Any], # Parameters of `train`
 ) -> None:
@@ -100,21 +100,16 @@ def reinforce(
     job:Any,   # An open job
 ) -> Course:   # The same, with a trainer that learns from marks
     "Exchange the trainer of a course for one that learns from rewards."
-    p, old = job.params, c.trainer.args
+    p = job.params
     functions, weights = read_rewards(p['rewards'])
     rows = [dict(prompt=r['prompt'], expected=r['completion'][0]['content'], **({'answer': r['answer']} if 'answer' in r else {})) for r in c.rows]
     how = one_card(GRPOConfig(
-        output_dir=old.output_dir, max_steps=c.total, per_device_eval_batch_size=p['generations'], **c.plan.arguments(p),
-        num_generations=p['generations'], max_completion_length=c.max_new, temperature=1., beta=0., reward_weights=weights, learning_rate=p['learning_rate'],
-        warmup_steps=p['warmup_steps'], lr_scheduler_type='cosine', weight_decay=0., max_grad_norm=1.,
-        seed=p['seed'], data_seed=p['seed'],
-        eval_strategy=old.eval_strategy, eval_steps=old.eval_steps, save_strategy='no', logging_steps=1, logging_nan_inf_filter=False, report_to=[],
-        disable_tqdm=True))
+        **arguments(p, job.work, c.total, c.plan), per_device_eval_batch_size=p['generations'], num_generations=p['generations'],
+        max_completion_length=c.max_new, temperature=1., beta=0., reward_weights=weights))
     transformers.set_seed(p['seed'])
     data = Dataset.from_list(rows)  # Trainer wants rows to evaluate on; `evaluate` has its own
     learner = Learner(c.model, reward_funcs=functions, args=how, train_dataset=data, eval_dataset=data, processing_class=c.tokenizer)
     learner.remove_callback(PrinterCallback)
-    for w in c.model.parameters():
-        if w.requires_grad: w.data = w.data.float()
+    train_in_float32(c.model)
     learner.judge, c.trainer = c.trainer, learner
     return c
