@@ -2,6 +2,7 @@
 
 import importlib.util
 import json
+from hashlib import sha256
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from test_train import tiny_model
 
 from waystation.assets import ASSETS, fetch_asset
 from waystation.cli import lint, main
+from waystation.questions import in_held_out
 from waystation.runtime import Refused, cache
 from waystation.stations.train import train
 from waystation.store import Store
-from waystation.training.chat import code_rows, hidden_system, normalise, sort_rows
+from waystation.training.chat import code_rows, hidden_system, normalise, read_rows, sort_rows
+from waystation.training.lint import find_rows
 
 SMOL = cache() / "assets" / f"smollm2-135m-{ASSETS['smollm2-135m'].fingerprint[:12]}"
 CHATML = "{% for m in messages %}<|im_start|>{{ m['role'] }}\n{{ m['content'] }}<|im_end|>\n{% endfor %}"
@@ -164,8 +167,8 @@ def test_columns(write, tmp_path):
     assert [m["role"] for m in row["prompt"]] == ["system", "user"] and row.turns
     for odd in (7, ["a"], {"a": 1}):  # a value that is no text is a bad row, not a crash
         for key in ("instruction", "input", "output", "persona"):
-            _, ((rule, why),) = sort_rows(write([ALPACA[0] | {key: odd}, ALPACA[1]]), "prompt=instruction+input, completion=output, system=persona")
-            assert rule in ("empty", "role") and "line 1" in why
+            _, ((rule, where, _),) = sort_rows(write([ALPACA[0] | {key: odd}, ALPACA[1]]), "prompt=instruction+input, completion=output, system=persona")
+            assert rule in ("empty", "role", "content") and where.endswith("line 1")
 
 
 @pytest.mark.parametrize("keys, would", [
@@ -179,10 +182,40 @@ def test_columns(write, tmp_path):
 def test_the_refusal_shows_what_would_work(write, keys, would):
     value = [{"from": "human", "value": "Free?"}, {"from": "gpt", "value": "Yes."}]
     file = write([{k: value if k == "conversations" else "Yes." for k in keys}])
-    _, ((rule, why),) = sort_rows(file)
+    _, ((rule, _, why),) = sort_rows(file)
     assert rule == "columns" and f'columns="{would}"' in why and f"has the columns {', '.join(keys)}" in why
     if "COLUMN" not in would:
         assert len(sort_rows(file, would)[0]) == 1
+
+
+def test_what_is_no_text_is_said_once(write):
+    bad = [dict(prompt="How many?", completion=37)] * 3 + [dict(prompt=0, completion="None."), dict(prompt="Why?", completion=None)]
+    _, found = sort_rows(write(bad))
+    assert [(rule, "put quotes around it" in why) for rule, _, why in found] == [("content", True)] * 4 + [("empty", False)]
+    with pytest.raises(Refused, match=r"5 of 5 rows.*line 1; .*line 2; .*line 3: has content 37; ") as said:
+        read_rows(write(bad))
+    assert str(said.value).count("has content 37") == 1
+
+
+def test_files_of_other_programs(tmp_path):
+    good = [dict(prompt=f"Say {i}.", completion=f"It is {i}!") for i in range(3)]
+    lines = "\n".join(json.dumps(r) for r in good)
+    (tmp_path / "marked.JSONL").write_text(lines, encoding="utf-8-sig")
+    assert len(read_rows(tmp_path / "marked.JSONL")) == len(read_rows(tmp_path)) == 3
+    (tmp_path / "rows.json").write_text(lines)
+    with pytest.raises(Refused, match=r"call it \.jsonl"):
+        read_rows(tmp_path / "rows.json")
+    (tmp_path / "excel.csv").write_text("prompt;completion\nSay 1.;It is 1!\n")
+    with pytest.raises(Refused, match="told apart by commas, not by ';'"):
+        read_rows(tmp_path / "excel.csv")
+
+
+def test_answers_to_one_prompt_are_held_out_together(write):
+    rows = [dict(id=f"{i}-{k}", prompt=f"Say {i}.", completion=f"It is {i}, {k}!") for i in range(80) for k in range(4)]
+    train, held, found = find_rows(write(rows))
+    assert len(held["a tenth of data"]) % 4 == 0 and len(train) % 4 == 0 and not found
+    once = rows[::4]  # each prompt once: by its id, as ever
+    assert {r["id"] for r in find_rows(write(once))[1]["a tenth of data"]} == {r["id"] for r in once if in_held_out(sha256(r["id"].encode()).hexdigest(), 0.1)}
 
 
 @pytest.mark.slow

@@ -69,7 +69,7 @@ def test_the_good_file_is_silent(look, tmp_path):
         ({"messages": [{"role": "user", "content": "Hello"}, {"role": "user", "content": "Hello"}]}, "role"),
         ({"prompt": "\ud83d"}, "content"),
         ({"prompt": [{"role": "user", "content": 7}]}, "content"),
-        ({"prompt": 7}, "empty"),
+        ({"prompt": 7}, "content"),
         ({"messages": 7, "prompt": None}, "empty"),
     ],
 )
@@ -82,7 +82,7 @@ def test_bad_rows(look, change, rule):
 def test_all_that_is_wrong_is_told_at_once(look, tmp_path):
     rows = [*made(), *[{"prompt": f"{i}?", "completion": "TODO"} for i in range(5)], "{not json", "[1]", '{"prompt": "x"}']
     rules, _ = look(rows, eval_data=write(tmp_path / "held.jsonl", [{"prompt": "New?", "completion": "null"}]), eval_steps=99, warmup_steps=50)
-    assert {k: f["count"] for k, f in rules.items() if k != "placeholder"} == {"json": 2, "role": 1, "evaluation": 1, "warm-up": 1}
+    assert {k: f["count"] for k, f in rules.items() if k != "placeholder"} == {"json": 2, "empty": 1, "evaluation": 1, "warm-up": 1}
     assert rules["placeholder"]["first"] == ["held.jsonl, line 1 has the placeholder 'null' as its answer; put the real one there"]  # of two files the last
 
 

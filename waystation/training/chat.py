@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['SPEAKERS', 'PLACEHOLDER', 'HALF', 'ROW_FILES', 'Row', 'normalise', 'read_columns', 'no_names', 'wrong', 'usual_names',
-           'sort_rows', 'read_rows', 'prompt_ids', 'Coded', 'code_rows', 'hidden_system', 'with_system', 'one_system',
-           'split']
+           'sort_rows', 'first_of', 'read_rows', 'prompt_ids', 'Coded', 'code_rows', 'hidden_system', 'with_system',
+           'one_system', 'split']
 
-# %% ../../nbs/training/10_chat.ipynb #89581d51
+# %% ../../nbs/training/10_chat.ipynb #302a0e4e
 import csv, hashlib, json, re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,14 +20,15 @@ import pyarrow.parquet as pq
 from ..questions import in_held_out
 from ..runtime import Refused
 
-# %% ../../nbs/training/10_chat.ipynb #6323d69a
+# %% ../../nbs/training/10_chat.ipynb #03480501
 class Row(dict):
     "A row that knows where it stands, wherever it is moved."
     where = ''     # 'rows.jsonl, line 8'
     turns = False  # Whether it came as `messages`: then what the assistant says earlier is to be learnt, too
 
 def _as_list(x: Any, role: str) -> list[dict]:
-    return [{'role': role, 'content': x}] if isinstance(x, str) else [dict(m) for m in x if isinstance(m, dict)] if isinstance(x, list) else []
+    if isinstance(x, list): return [dict(m) for m in x if isinstance(m, dict)]
+    return [] if x is None else [{'role': role, 'content': x}]  # a number is no text, and `wrong` says so
 
 def normalise(
     row: Mapping[str, Any], # As it was read
@@ -78,7 +80,7 @@ def _renamed(row: Mapping[str, Any], columns: Mapping[str, Sequence[str]]) -> di
 def _after(system: str, messages: list[dict]) -> list[dict]:
     return messages if messages and messages[0].get('role') == 'system' else [{'role': 'system', 'content': system}, *messages]
 
-# %% ../../nbs/training/10_chat.ipynb #8324046d
+# %% ../../nbs/training/10_chat.ipynb #0dee3aa8
 _ASKS, _MORE, _TELLS = ('instruction', 'question', 'query', 'prompt', 'problem'), ('input', 'context'), ('output', 'response', 'answer', 'completion', 'solution')
 
 def no_names(
@@ -90,6 +92,8 @@ def no_names(
     would = f"prompt={'+'.join(asks[:1] + more[:1])}, completion={tells[0]}" if asks and tells else 'prompt=COLUMN, completion=COLUMN'
     if 'conversations' in row: would = 'messages=conversations'
     if 'system' in row: would += ', system=system'
+    if len(row) == 1 and (mark := next((x for x in ';\t|' if x in str(*row)), '')):
+        return 'columns', f'has one column, {str(*row)!r}; fields of a CSV are told apart by commas, not by {mark!r}: write it again with commas'
     return 'columns', (f"has the columns {', '.join(map(str, row)) or '(none)'}, and neither prompt and completion nor messages; say which is which, "
                        f'such as columns="{would}"')
 
@@ -98,7 +102,7 @@ def no_names(
 PLACEHOLDER = re.compile(r"\[\s*(generated|insert|your|placeholder|answer|response|todo|tbd)\b[^\]]{0,500}\]|lorem ipsum"
                          r"|^\W*(todo|tbd|fixme|n/?a|xxx+|\.\.\.|…|placeholder|null|none|nan|undefined)\W*$|\{\{.{0,500}\}\}", re.IGNORECASE)
 
-# %% ../../nbs/training/10_chat.ipynb #3bdd47b6
+# %% ../../nbs/training/10_chat.ipynb #3b50789e
 HALF = re.compile('[\ud800-\udfff]')  # JSON can say one half of a surrogate pair
 
 def wrong(row: dict) -> tuple[str, str] | None:  # The rule's name, and the value with the rule; None for a good row
@@ -106,13 +110,14 @@ def wrong(row: dict) -> tuple[str, str] | None:  # The rule's name, and the valu
     prompt, completion = row['prompt'], row['completion']
     if not prompt: return 'empty', "has no prompt; a row has `prompt` and `completion`, or `messages` that end with the assistant's"
     for m in prompt + completion:
-        if not isinstance(m.get('content'), str): return 'content', f"has content {m.get('content')!r}; a message's content is text"
+        if not isinstance(m.get('content'), str): return 'content', f"has content {m.get('content')!r}; a message's content is text: put quotes around it"
         if half := HALF.search(m['content']): return 'content', f'has half a character, {half[0]!r}, which no tokenizer takes; write the whole one'
     roles = [m.get('role') for m in prompt]
     for i, role in enumerate(roles):
         if role not in ('system', 'user', 'assistant') or (role == 'system' and i):
             return 'role', f'has role {role!r} in place {i + 1}; roles are user and assistant, after at most one system message'
     if roles[-1] != 'user': return 'role', f'has a prompt that ends with {roles[-1]!r}; the last message of a prompt is the user\'s'
+    if not completion: return 'empty', 'has no completion; there is nothing to learn from it'
     if [m.get('role') for m in completion] != ['assistant']:
         return 'role', f"has a completion by {[m.get('role') for m in completion]}; it is one message of the assistant"
     text = completion[0]['content']
@@ -120,11 +125,11 @@ def wrong(row: dict) -> tuple[str, str] | None:  # The rule's name, and the valu
     if m := PLACEHOLDER.search(text): return 'placeholder', f'has the placeholder {m[0][:60]!r} as its answer; put the real one there'
     return None
 
-# %% ../../nbs/training/10_chat.ipynb #57a16e67
+# %% ../../nbs/training/10_chat.ipynb #226d2381
 def _lines(path: Path) -> Iterator[tuple[str, dict | str]]: # A text says what is wrong with the line
     "Each row with the words that say where it stands."
-    if path.suffix == '.csv': yield from _csv(path); return
-    if path.suffix == '.parquet':
+    if path.suffix.lower() == '.csv': yield from _csv(path); return
+    if path.suffix.lower() == '.parquet':
         try: yield from ((f'{path.name}, row {i}', r) for i, r in enumerate(pq.read_table(path).to_pylist(), 1))
         except pa.ArrowException as e: raise Refused(f'{path} is not Parquet that can be read ({e}); copy or write it again') from e
         return
@@ -132,7 +137,7 @@ def _lines(path: Path) -> Iterator[tuple[str, dict | str]]: # A text says what i
         for i, line in enumerate(f, 1):
             if not line.strip(): continue
             where, shown = f'{path.name}, line {i}', repr(line[:60].decode('utf-8', 'replace'))
-            try: row = json.loads(line.decode('utf-8'))
+            try: row = json.loads(line.decode('utf-8-sig' if i == 1 else 'utf-8'))  # Windows begins a file with a mark
             except (ValueError, RecursionError) as e: yield where, f'is not JSON in UTF-8 ({e}): {shown}'; continue
             yield where, row if isinstance(row, dict) else f'is not an object: {shown}'
 
@@ -147,12 +152,13 @@ def _csv(path: Path) -> Iterator[tuple[str, dict | str]]:
         except (csv.Error, UnicodeDecodeError) as e:
             raise Refused(f'{path}, after line {reader.line_num}, is not CSV in UTF-8 ({e}); write it again, with quotes around fields of several lines') from e
 
-# %% ../../nbs/training/10_chat.ipynb #835d96dd
+# %% ../../nbs/training/10_chat.ipynb #879658c6
 ROW_FILES = ('.jsonl', '.parquet', '.csv')
 
 def _files(path: Path) -> list[Path]:
-    files = sorted(f for f in path.rglob('*') if f.suffix in ROW_FILES) if path.is_dir() else [path]
-    if not files or files[0].suffix not in ROW_FILES: raise Refused(f'{path} is not readable as rows; rows come as {", ".join(ROW_FILES)}')
+    files = sorted(f for f in path.rglob('*') if f.suffix.lower() in ROW_FILES) if path.is_dir() else [path]
+    if not files or files[0].suffix.lower() not in ROW_FILES:
+        raise Refused(f'{path} is not readable as rows; rows come as {", ".join(ROW_FILES)}, by the name\'s end (JSON Lines in a .json: call it .jsonl)')
     return files
 
 def usual_names(
@@ -162,26 +168,35 @@ def usual_names(
     row = next((r for f in _files(Path(path)) for _, r in _lines(f) if isinstance(r, dict)), {})
     return 'messages' in row or {'prompt', 'completion'} <= row.keys()
 
-# %% ../../nbs/training/10_chat.ipynb #71e02c3e
+# %% ../../nbs/training/10_chat.ipynb #717cde74
 def sort_rows(
     path: str | Path,   # JSONL, Parquet or CSV, or a folder of such files
     columns: str = '',  # Which columns are what, as `read_columns` reads it; '' where they have their usual names
-) -> tuple[list[dict], list[tuple[str, str]]]: # Good rows in the order of the file; of each bad one the rule's name, and where and what it is
+) -> tuple[list[dict], list[tuple[str, str, str]]]: # Good rows in the order of the file; of each bad one the rule's name, where it stands, and what is wrong
     "Tell rows that can be learnt from and bad ones apart."
     path, named = Path(path), read_columns(columns)
     rows: list[dict] = []
-    bad: list[tuple[str, str]] = []
+    bad: list[tuple[str, str, str]] = []
     there: dict[str, None] = {}
     for where, row in (x for f in _files(path) for x in _lines(f)):
-        if isinstance(row, str): bad.append(('json' if '.csv,' not in where else 'csv', f'{where} {row}')); continue
+        if isinstance(row, str): bad.append(('json' if '.csv,' not in where.lower() else 'csv', where, row)); continue
         there |= dict.fromkeys(row)
         made = normalise(row, where, named)
-        if why := (None if named else no_names(row)) or wrong(made): bad.append((why[0], f'{where} {why[1]}'))
+        if why := (None if named else no_names(row)) or wrong(made): bad.append((why[0], where, why[1]))
         else: rows.append(made)
     if not rows and not bad: raise Refused(f'{path} has no rows; there is nothing to learn from')
     if there and (lost := [c for names in named.values() for c in names if c not in there]):
         raise Refused(f"columns={columns!r}: no row of {path} has {', '.join(map(repr, lost))}; there are {', '.join(map(str, there))}")
     return rows, bad
+
+def first_of(
+    bad: Sequence[tuple[str, str, str]], # Of `sort_rows`
+    most: int = 3,
+) -> list[str]:
+    "What is wrong with the first ones; what is wrong in the same way is said once, with its places."
+    places: dict[str, list[str]] = {}
+    for _, where, what in bad[:most]: places.setdefault(what, []).append(where)
+    return [f"{'; '.join(x)}: {what}" if len(x) > 1 else f'{x[0]} {what}' for what, x in places.items()]
 
 def read_rows(
     path: str | Path,   # JSONL, Parquet or CSV, or a folder of such files
@@ -189,7 +204,7 @@ def read_rows(
 ) -> list[dict]:        # Normalised rows, in the order of the file
     "Read rows to learn from, and refuse the file when any of them is bad."
     rows, bad = sort_rows(path, columns)
-    if bad: raise Refused(f'{len(bad)} of {len(rows) + len(bad)} rows cannot be learnt from; mend or delete them: ' + '. '.join(why for _, why in bad[:3]))
+    if bad: raise Refused(f'{len(bad)} of {len(rows) + len(bad)} rows cannot be learnt from; mend or delete them: ' + '. '.join(first_of(bad)))
     return rows
 
 # %% ../../nbs/training/10_chat.ipynb #89800e8d
@@ -304,7 +319,7 @@ def one_system(
     said = {r['prompt'][0]['content'] if r['prompt'][0]['role'] == 'system' else '' for r in rows}
     return said.pop() if len(said) == 1 else ''
 
-# %% ../../nbs/training/10_chat.ipynb #df4fb82e
+# %% ../../nbs/training/10_chat.ipynb #e362c8fd
 def split(
     rows: list[dict],    # Normalised
     share: float = 0.1,  # Share that is held out
@@ -312,8 +327,10 @@ def split(
     way_out: str = 'give eval_data', # For who has too few rows
 ) -> tuple[list[dict], list[dict]]: # Rows to train on, held-out rows
     "Hold rows out by hash, so that the split survives reordering, growth and another machine."
-    def key(r): return hashlib.sha256(str(r.get('id') or json.dumps(r['prompt'], sort_keys=True, ensure_ascii=False)).encode()).hexdigest()
-    out = [in_held_out(salt + key(r), share) for r in rows]
+    prompts = [json.dumps(r['prompt'], sort_keys=True, ensure_ascii=False) for r in rows]
+    times = Counter(prompts)
+    def key(r, prompt): return hashlib.sha256(str((times[prompt] == 1 and r.get('id')) or prompt).encode()).hexdigest()
+    out = [in_held_out(salt + key(r, p), share) for r, p in zip(rows, prompts, strict=True)]
     train, held = ([r for r, o in zip(rows, out, strict=True) if o is side] for side in (False, True))
     if not train or not held:
         raise Refused(f'{len(rows)} rows leave {len(train)} to train on and {len(held)} held out, and both are needed; add rows, or {way_out}')

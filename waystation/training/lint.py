@@ -7,7 +7,7 @@ __all__ = ['Row', 'TASKS', 'NEAR', 'Length', 'WATCHED', 'Finding', 'check_task',
            'leaks', 'copies', 'too_long', 'measure', 'about_template', 'set_aside', 'steps_of', 'never', 'balance',
            'lint', 'refuse', 'summary', 'describe', 'add_to_card']
 
-# %% ../../nbs/training/11_lint.ipynb #1681083e
+# %% ../../nbs/training/11_lint.ipynb #20fd296c
 import collections, functools, json, math, re, unicodedata, zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -18,7 +18,7 @@ import numpy as np
 
 from ..questions import in_held_out
 from ..runtime import Refused
-from .chat import Coded, hidden_system, sort_rows, split, with_system
+from .chat import Coded, first_of, hidden_system, sort_rows, split, with_system
 
 # %% ../../nbs/training/11_lint.ipynb #ab1bbd2a
 Row = Mapping[str, Any]
@@ -46,12 +46,12 @@ def check_task(
     if p['task'] == 'classify' and (p['columns'] or p['system']):
         raise Refused(f"columns={p['columns']!r} and system={p['system']!r} are for questions and answers; classify names its columns by text, labels and features")
 
-# %% ../../nbs/training/11_lint.ipynb #8073c132
+# %% ../../nbs/training/11_lint.ipynb #e431d145
 def _bad(path: str | Path, columns: str = '') -> tuple[list[dict], list[Finding]]: # Good rows, and a finding for each rule that others break
     rows, bad = sort_rows(path, columns)
-    counts = collections.Counter(rule for rule, _ in bad)
+    counts = collections.Counter(rule for rule, *_ in bad)
     says, n = '{} of {} rows cannot be learnt from ({}); mend or delete them', len(rows) + len(bad)
-    return rows, [Finding('error', rule, count, says.format(count, n, rule), _first(why for r, why in bad if r == rule)) for rule, count in counts.items()]
+    return rows, [Finding('error', rule, count, says.format(count, n, rule), first_of([x for x in bad if x[0] == rule])) for rule, count in counts.items()]
 
 def find_rows(
     data: str | Path,                    # JSONL, Parquet or CSV, or a folder of such files
