@@ -79,15 +79,16 @@ def test_the_ledger_of_fake_tensors(model, params, again, line):
         assert not line or lay_flat(made, p["max_length"]), "it takes a line, as the one with weights does"
         return made
 
-    kept, loss, later, operations = part.walk(empty(), shape, torch.float32, float)
+    kept, loss, later, operations, calls = part.walk(empty(), shape, torch.float32, float)
     at_head, most = real(model, p, shape)
     assert kept == pytest.approx(at_head, rel=0.01)
     if again:
         assert most <= max(loss, later) < most + LAYER, "a layer that is computed again is let go a little later here, and no more than one"
     else:
         assert max(loss, later) == pytest.approx(most, rel=0.01) and at_head / 6 == pytest.approx(LAYER, rel=0.1)
-    parts, count = part.passing(empty(), shape, torch.float32)
+    parts, count, called = part.passing(empty(), shape, torch.float32)
     assert sum(parts.values()) == pytest.approx(max(loss, later), rel=0.05 if again else 0.001) and count == pytest.approx(operations, rel=0.001)
+    assert called == pytest.approx(calls, rel=0.02)
 
 
 def test_packed_weights_are_what_bitsandbytes_makes_of_them(model, params):
@@ -112,14 +113,15 @@ def test_a_head_that_is_the_embedding_counts_once(tmp_path, params):
     assert two - tied == 1000 * 64 * 2
 
 
-def test_the_command_takes_what_train_takes(run, params, tmp_path):
+def test_the_command_takes_what_train_takes(run, params, tmp_path, capsys):
     from waystation.cli import preflight
 
     assert inspect.signature(preflight("train")).parameters.keys() == {"station", "chip", "utilisation", "session_hours", *DEFAULTS}
     asked = ("preflight", "--station", "train", "--model", params["model"], "--data", params["data"], "--store", params["store"], "--max-steps", 100)
     good = run(*asked, "--chip", "t4", "--grad-accum", 2)
     assert (good["fits"], good["dtype"], good["steps"], good["cost"]) == (True, "float16", 100, None)
-    assert good["peak_gib"] == pytest.approx(sum(good["parts"].values())) and "assumed" in good["text"] and "set `t4 = …`" in good["text"]
+    assert good["peak_gib"] == pytest.approx(sum(good["parts"].values())) and "set `t4 = …`" in good["text"]
+    assert good["hours"] == pytest.approx(good["calls"] * part.CALL / 3600) and "takes longer than the arithmetic" in good["text"], "a tiny model on a card"
     assert good["flops"] == pytest.approx(2 * run(*asked, "--chip", "l4")["flops"]), "twice the batches"
     from transformers import LlamaConfig
 
@@ -128,6 +130,7 @@ def test_the_command_takes_what_train_takes(run, params, tmp_path):
     size = dict(vocab_size=300, hidden_size=16384, intermediate_size=65536, num_hidden_layers=8, num_attention_heads=64)
     LlamaConfig(**size).save_pretrained(tmp_path / "large")  # 17 GB in four bits
     assert main([*map(str, asked), "--model", str(tmp_path / "large"), "--data", "", "--batch-size", "1", "--chip", "t4"]) == 4
+    assert "at 40% of 65 TFLOP/s, assumed, not measured" in capsys.readouterr().out, "a large one has enough to compute"
     assert not (tmp_path / "store").exists(), "asking leaves nothing behind"
 
 

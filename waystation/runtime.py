@@ -166,10 +166,10 @@ def is_main() -> bool:
     "Whether this process is the only one, or the one of several that writes and speaks."
     return processes() == 1 or os.environ.get('RANK', '0') == '0'
 
-# %% ../nbs/01_runtime.ipynb #1c5ee5a3
+# %% ../nbs/01_runtime.ipynb #d38d7292
 FAST_BF16 = {  # Flag of a CPU -> what its instructions are worth in training
-    'amx_bf16': 'matrix instructions for bfloat16, measured 1.6 times as fast as float32 in half the memory',
-    'avx512_bf16': 'instructions for products in bfloat16, measured 1.4 times as fast as float32 in four fifths of the memory'}
+    'amx_bf16': 'matrix instructions for bfloat16, measured 1.6 times as fast as float32 in half the memory on a Xeon',
+    'avx512_bf16': 'instructions for products in bfloat16, measured 1.4 times as fast as float32 in four fifths of the memory on an EPYC'}
 
 def suits(
     device:Device,

@@ -77,7 +77,7 @@ def _optimizer(name:str, device:Device) -> tuple[str,str]: # With the reason
                       "take 'adamw_8bit', or 'adamw'")
     return name, 'asked for'
 
-# %% ../../nbs/training/13_device.ipynb #ce45ca28
+# %% ../../nbs/training/13_device.ipynb #d3fbcae3
 def _refuse_tpu(device:Device) -> None:
     asked = os.environ.get('PJRT_DEVICE', '').upper() == 'TPU'
     if device.kind != 'tpu' and not asked: return
@@ -110,7 +110,7 @@ def _refuse_several(p:dict[str,Any], sharded:bool) -> None:
 def _attention(device:Device, able:bool) -> str:
     if device.kind == 'cpu': return "torch's own kernel; flash-attn runs on GPUs alone"
     if not able: return "torch's own kernel; flash-attn needs compute capability 8, which this card has not"
-    return "torch's own kernel; flash_attention_2 would need the package flash-attn"
+    return "torch's own kernel; the package flash-attn is not used"
 
 # %% ../../nbs/training/13_device.ipynb #7df153a1
 def plan(
