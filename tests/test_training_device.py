@@ -105,8 +105,10 @@ def test_when_one_row_does_not_fit(go, tmp_path, card):  # noqa: F811
 
 def test_out_of_memory_while_examining(go, card):  # noqa: F811
     card(2, evaluating=True)
-    with pytest.raises(Refused, match=r"while held-out rows were examined; take a smaller max_length.*with --restart"):
-        go(**HOW)
+    assert ["while held-out rows were examined: 2 rows at once instead of 4" in x for x in go(**HOW)["resume_notes"]] == [False, True]
+    card(0, evaluating=True)
+    with pytest.raises(Refused, match=r"while held-out rows were examined with one row at once.*max_length.*with --restart"):
+        go(run="none", **HOW)
 
 
 @pytest.mark.parametrize("error", [FULL, HOST])

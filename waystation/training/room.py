@@ -40,7 +40,7 @@ def one_sentence(
         if not full(e): raise
         raise kind(f'out of memory on {devices()[0].name} while {doing}; {way_out}') from e
 
-# %% ../../nbs/training/13_room.ipynb #89da5e20
+# %% ../../nbs/training/13_room.ipynb #f87fa0b1
 def _lighter(p: dict[str, Any]) -> list[str]:
     "What takes less memory from the beginning, and was not asked for."
     return [*(["method='qlora'"] if p['task'] != 'classify' and p['method'] not in ('', 'qlora') else []), 'a smaller model']
@@ -52,14 +52,13 @@ def fewer(
     job: Any,  # An open job
 ) -> None:
     "Seal that so many rows at once do not fit, so that the next try takes half of them."
-    n, at, device = c.plan.batch_size, c.trainer.state.global_step, c.plan.device
-    lighter = _lighter(job.params)
-    if not c.model.training:
-        raise Refused(f'out of memory on {device} while held-out rows were examined; take {_one_of(["a smaller max_length", *lighter])}, with --restart')
-    less = _one_of(['a smaller max_length', *([] if job.params['gradient_checkpointing'] else ['gradient_checkpointing=True']), *lighter])
-    if n == 1: raise Refused(f"out of memory on {device} in step {at + 1} with one row at once, and there is no half of it; take {less}")
-    note = f'out of memory on {device} in step {at + 1}: {n//2} rows at once instead of {n} from here on, and more batches a step'
-    found = {'device': device, 'batch_size': n//2, 'why': f'{n} rows at once did not fit into memory in step {at + 1}', 'note': note}
+    n, device, learns = c.plan.batch_size, c.plan.device, c.model.training
+    at = f'in step {c.trainer.state.global_step + 1}' if learns else 'while held-out rows were examined'
+    again = ['gradient_checkpointing=True'] if learns and not job.params['gradient_checkpointing'] else []
+    less = _one_of(['a smaller max_length', *again, *_lighter(job.params)])
+    if n == 1: raise Refused(f'out of memory on {device} {at} with one row at once, and there is no half; take {less}' + ('' if learns else ', with --restart'))
+    note = f'out of memory on {device} {at}: {n//2} rows at once instead of {n} from here on, and more batches a step'
+    found = {'device': device, 'batch_size': n//2, 'why': f'{n} rows at once did not fit into memory {at}', 'note': note}
     job.seal(None, 'fits', len(job.names('fits')) + 1, found)
     log.warning('%s', note)
     if c.plan.processes > 1: raise Interrupted(f'out of memory; the same command goes on from the last seal, with {n//2} rows at once in each process')
