@@ -562,7 +562,7 @@ COMMANDS:dict[str,Callable[...,dict[str,Any]]] = {
     'search': search, 'sql': sql, 'classify': classify, 'near': near, 'cluster': cluster, 'view': view, 'import': bring, 'lint': lint, 'evaluate': evaluate,
     'chat': chat, 'merge': merge}
 
-# %% ../nbs/90_cli.ipynb #5284cb91
+# %% ../nbs/90_cli.ipynb #cbfca86b
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -591,9 +591,11 @@ def _headline_train(r:dict[str,Any]) -> list[tuple[str,str]]:
             ('held-out loss', f"{r['eval_loss']['before']:.3f} before, {r['eval_loss']['after']:.3f} after")]
     rows += [('gate', sentence(g)) for g in r.get('gates', [])]
     if r.get('task') == 'classify':  # a line for each held-out set and level
+        from waystation.training.lint import never_seen
         for name, m in r['metrics'].items():
             rows += [(f'{name}, {k}', ', '.join(f"{who} {share(m[who]['accuracy'][k])}" for who in ('tuned', 'neighbour', 'majority')))
                      for k in r['levels'] if k in m['tuned']['accuracy']]
+        rows += [(f'{name}, unseen', f'{said} have a label that training never saw and count in no figure') for name, said in never_seen(r.get('sets', {})).items()]
         return [*rows, ('lint', r.get('lint', 'not done')), ('adapter', r['adapter']), ('encoder', f"store:{r['encoder']}")]
     for who in ('base', 'tuned', 'word_overlap'):
         if m := r['metrics'].get(who): rows.append((who.replace('_', ' '), ', '.join(f'{k} {share(m[k])}' for k in _MARKS if k in m)))
