@@ -230,21 +230,51 @@ def test_refused(go, tmp_path, change, says):
     assert Store(str(tmp_path / "store")).list() == []
 
 
-def test_evaluate(go, few, tmp_path, capsys):
-    "The command finds what the step's own report says, on the same rows."
+def held_file(few, path):
+    "The rows of a small run that are held out, as a file."
+    lines = Path(few["data"]).read_text().splitlines()
+    path.write_text("\n".join(x for x in lines if in_held_out(hashlib.sha256(json.loads(x)["sequence"].encode()).hexdigest(), 0.1)))
+    return str(path)
+
+
+@pytest.mark.parametrize("features", ["", "depth"])
+def test_evaluate(go, few, tmp_path, capsys, features):
+    "The command finds what the step's own report says, on the same rows; with a branch too, which outvotes the text here."
     from waystation.cli import main
 
-    r = go(run="e", max_steps=4, eval_steps=0)
+    r = go(run="e", max_steps=20 if features else 4, eval_steps=0, features=features, learning_rate=0.02)
     assert json.loads(Path(r["adapter"], "waystation.json").read_text())["base"] == few["model"]
-    held = {x["question"] for x in r["samples"]}
-    file, lines = tmp_path / "held.jsonl", Path(few["data"]).read_text().splitlines()
-    file.write_text("\n".join(x for x in lines if json.loads(x)["sequence"][:60] in held))
-    assert main(["evaluate", "store:models/e/current", str(file), "--store", few["store"], "--text", "sequence", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["levels"] == ["kingdom", "phylum", "genus"] and said["metrics"]["tuned"]["accuracy phylum"]["n"] == len(held)
-    named = [x["after"].split(" > ")[1] == x["expected"].split(" > ")[1] for x in r["samples"]]
-    assert said["metrics"]["tuned"]["accuracy phylum"]["hits"] == sum(named)
+    file = held_file(few, tmp_path / "held.jsonl")
+    assert main(["evaluate", "store:models/e/current", file, "--store", few["store"], "--text", "sequence", "--json"]) == 0
+    out = capsys.readouterr()
+    said = json.loads(out.out)
+    assert said["levels"] == ["kingdom", "phylum", "genus"] and said["rows"] == r["sets"]["rows"]["rows"] and said["unknown"]["genus"] == 0
+    names = {"tuned": "tuned"} | ({"tuned_text": "tuned, text alone", "tuned_features": "tuned, features alone"} if features else {})
+    assert set(said["metrics"]) == {"base", *names.values()} and "evaluate" in out.err
+    for who, name in names.items():
+        for level in said["levels"]:
+            assert said["metrics"][name][f"accuracy {level}"] == r["metrics"]["rows"][who]["accuracy"][level], (name, level)
     assert {"macro_f1 genus", "calibration phylum", "path"} <= said["metrics"]["base"].keys()
+    if features:
+        assert said["metrics"]["tuned"] != said["metrics"]["tuned, text alone"]
+        assert "waystation evaluate` asks both" in " ".join(Path(r["adapter"], "README.md").read_text().split())
+
+
+def test_evaluate_on_strange_labels(go, few, tmp_path, capsys):
+    "Rows that count in no figure are counted; where there are no others, the classifier's classes are named."
+    from waystation.cli import main
+
+    go(run="e", max_steps=1, eval_steps=0)
+    made = [json.loads(line) for line in Path(held_file(few, tmp_path / "held.jsonl")).read_text().splitlines()]
+    file = tmp_path / "new.jsonl"
+    ask = ["evaluate", "store:models/e/current", str(file), "--store", few["store"], "--text", "sequence"]
+    file.write_text("".join(json.dumps(r | dict(genus="Gnew", sequence=r["sequence"] if i else None)) + "\n" for i, r in enumerate(made)))
+    assert main(ask) == 0
+    told = capsys.readouterr().out
+    assert f"genus: {len(made) - 1} of {len(made) - 1} rows have a label that is no class of it" in told and "left out: 1 row with no text" in told
+    file.write_text("".join(json.dumps(r | dict(kingdom="0", phylum="1", genus="2")) + "\n" for r in made))
+    assert main(ask) == 2
+    assert f"none of its {len(made)} rows has a label that this classifier knows (kingdom: 'K'; phylum: 'Pa', 'Pb'; genus: 'Ga" in capsys.readouterr().err
 
 
 def test_early_stop(go, few):
