@@ -318,9 +318,9 @@ def test_nothing_to_measure_is_refused(go, few, tmp_path, capsys):
     once = labelled(tmp_path / "once.csv", lambda i, text: f"c{i}", 3)
     data, held = labelled(tmp_path / "data.csv", lambda i, text: "ab"[i % 2], 1), labelled(tmp_path / "held.csv", lambda i, text: "xab"[min(i, 2)], 2, 8)
     watched = labelled(tmp_path / "watched.csv", lambda i, text: f"w{i}" if in_held_out("validation " + text, WATCHED) else "ab"[i % 2], 1)
-    for change, says in ((dict(data=once), r"none of the \d rows of the held-out set 'rows' has a label that a training row has, so there is nothing to measure"),
-                         (dict(data=data, eval_data=held, eval_rows=1), "none of the 1 rows"),
-                         (dict(data=watched, eval_data=held, early_stop=1), r"none of the \d rows of the held-out set 'to stop by'")):  # fmt: skip
+    for change, says in ((dict(data=once), r"no row of the held-out set 'rows' \(of \d\) has a label that a training row has, so there is nothing to measure"),
+                         (dict(data=data, eval_data=held, eval_rows=1), r"\(of 1\) has a label"),
+                         (dict(data=watched, eval_data=held, early_stop=1), "no row of the held-out set 'to stop by'")):  # fmt: skip
         with pytest.raises(Refused, match=says):
             go(**how | change)
     some = [json.loads(line) | dict(sequence="A" * i) for i, line in enumerate(Path(few["data"]).read_text().splitlines()[:9], 1)]

@@ -298,7 +298,7 @@ def balance(
             out.append(Finding('warning', 'one-class', total, f'every training row has the same {level} ({name}), which is then always right; leave it out', []))
     return told, out
 
-# %% ../../nbs/training/11_lint.ipynb #78ca22d2
+# %% ../../nbs/training/11_lint.ipynb #f5dddffb
 def unseen(
     train: Sequence[Mapping[str, str]],               # Training rows
     held: Mapping[str, Sequence[Mapping[str, str]]],  # Held-out sets
@@ -310,7 +310,7 @@ def unseen(
         new = {level: sum(bool(r[level]) and r[level] not in known for r in rows) for level, known in classes.items()}
         lost = [r for r in rows if any(r[level] and r[level] not in known for level, known in classes.items())]
         if not any(r[level] in known for r in rows for level, known in classes.items()):
-            out.append(Finding('error', 'unseen-labels', len(rows), f'none of the {len(rows)} rows of the held-out set {name!r} has a {" or ".join(levels)} that '
+            out.append(Finding('error', 'unseen-labels', len(rows), f'no row of the held-out set {name!r} (of {len(rows)}) has a {" or ".join(levels)} that '
                 'a training row has, so there is nothing to measure; add rows of the same classes, or hold other rows out', _first(map(_where, rows))))
         elif lost and not name.startswith('unseen '):
             out.append(Finding('warning', 'unseen-labels', len(lost), f'{len(lost)} of {len(rows)} held-out rows have a label that training never saw '
