@@ -117,6 +117,11 @@ def test_the_encoder_that_is_sealed_is_the_tuned_one(go, model):
     assert (AutoModel.from_pretrained(model).eval()(ids).last_hidden_state - want).abs().max() > 1e-3, "and it is not the base"
 
 
+def card(report):
+    "The lines with which a model's card loads it."
+    return Path(report["adapter"], "README.md").read_text().split("## Load it\n```\n")[1].split("```")[0].replace("this folder", report["adapter"])
+
+
 def test_one_flat_label_from_csv(go, model, tmp_path):
     "Saved so that transformers and PEFT load it, by the lines of its card, and answer with the same logits as here."
     from waystation.training import classifier
@@ -136,8 +141,7 @@ def test_one_flat_label_from_csv(go, model, tmp_path):
         m.setattr(classifier, "answers", spy)
         r = go(data=str(tmp_path / "intents.csv"), text="text", labels="intent", held_out="", learning_rate=0.02)
     assert r["levels"] == ["intent"] and "path" not in r["metrics"]["rows"]["tuned"] and "tuned_path" not in r["metrics"]["rows"]
-    pasted = Path(r["adapter"], "README.md").read_text().split("## Load it\n```\n")[1].split("```")[0].replace("this folder", r["adapter"])
-    exec(pasted, shown := {})
+    exec(card(r), shown := {})
     found = shown["model"].eval()
     with torch.inference_mode():
         torch.testing.assert_close(found(**kept["batch"]).logits, kept["logits"], atol=1e-5, rtol=1e-4)
@@ -200,7 +204,10 @@ def test_features_beside_the_sequence(go, model, tmp_path):
     sizes = Labels.load(f"{r['adapter']}/labels.json").sizes
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=sum(sizes))
     found = PeftModel.from_pretrained(base, r["adapter"]).eval()
-    assert found(torch.arange(3, 23)[None]).logits.shape == (1, sum(sizes))
+    logits = found(torch.arange(3, 23)[None]).logits
+    assert logits.shape == (1, sum(sizes))
+    exec(card(r), shown := {})
+    torch.testing.assert_close(shown["model"].eval()(torch.arange(3, 23)[None]).logits, logits)
 
 
 @pytest.mark.parametrize(

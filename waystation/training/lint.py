@@ -298,7 +298,7 @@ def balance(
             out.append(Finding('warning', 'one-class', total, f'every training row has the same {level} ({name}), which is then always right; leave it out', []))
     return told, out
 
-# %% ../../nbs/training/11_lint.ipynb #f5dddffb
+# %% ../../nbs/training/11_lint.ipynb #84daa5eb
 def unseen(
     train: Sequence[Mapping[str, str]],               # Training rows
     held: Mapping[str, Sequence[Mapping[str, str]]],  # Held-out sets
@@ -306,7 +306,8 @@ def unseen(
 ) -> list[Finding]:
     "Held-out rows with labels that no training row has; an error where a set has no other row."
     out, classes = [], {level: {r[level] for r in train} - {''} for level in levels}
-    for name, rows in held.items() if levels else ():
+    if not levels: return out  # rows with answers
+    for name, rows in held.items():
         new = {level: sum(bool(r[level]) and r[level] not in known for r in rows) for level, known in classes.items()}
         lost = [r for r in rows if any(r[level] and r[level] not in known for level, known in classes.items())]
         if not any(r[level] in known for r in rows for level, known in classes.items()):
