@@ -141,6 +141,7 @@ def test_one_flat_label_from_csv(go, model, tmp_path):
         m.setattr(classifier, "answers", spy)
         r = go(data=str(tmp_path / "intents.csv"), text="text", labels="intent", held_out="", learning_rate=0.02)
     assert r["levels"] == ["intent"] and "path" not in r["metrics"]["rows"]["tuned"] and "tuned_path" not in r["metrics"]["rows"]
+    assert model not in card(r), "asset:NAME or store:NAME would tell transformers nothing"
     exec(card(r), shown := {})
     found = shown["model"].eval()
     with torch.inference_mode():
