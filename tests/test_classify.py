@@ -15,6 +15,8 @@ import torch
 from waystation.runtime import GateFailed, Refused
 from waystation.stations.train import train
 from waystation.store import Store
+from waystation.questions import in_held_out
+from waystation.training.lint import WATCHED
 from waystation.training.scoring import calibration_error, macro_f1
 from waystation.training.taxonomy import Labels, consistent, make_labels, read_levels
 
@@ -115,10 +117,13 @@ def test_the_encoder_that_is_sealed_is_the_tuned_one(go, model):
     assert (AutoModel.from_pretrained(model).eval()(ids).last_hidden_state - want).abs().max() > 1e-3, "and it is not the base"
 
 
-def test_one_flat_label_from_csv(go, model, tmp_path):
-    "Saved so that transformers and PEFT load it, and answer with the same logits as here."
-    from peft import AutoPeftModelForSequenceClassification
+def card(report):
+    "The lines with which a model's card loads it."
+    return Path(report["adapter"], "README.md").read_text().split("## Load it\n```\n")[1].split("```")[0].replace("this folder", report["adapter"])
 
+
+def test_one_flat_label_from_csv(go, model, tmp_path):
+    "Saved so that transformers and PEFT load it, by the lines of its card, and answer with the same logits as here."
     from waystation.training import classifier
 
     lines = ["text,intent", *(f"{'ACGGTC' * (i % 5 + 1)}{'ACGT'[i % 4] * 9},{['pay', 'ask', 'close'][i % 3]}" for i in range(60))]
@@ -136,7 +141,9 @@ def test_one_flat_label_from_csv(go, model, tmp_path):
         m.setattr(classifier, "answers", spy)
         r = go(data=str(tmp_path / "intents.csv"), text="text", labels="intent", held_out="", learning_rate=0.02)
     assert r["levels"] == ["intent"] and "path" not in r["metrics"]["rows"]["tuned"] and "tuned_path" not in r["metrics"]["rows"]
-    found = AutoPeftModelForSequenceClassification.from_pretrained(r["adapter"], num_labels=3).eval()
+    assert model not in card(r), "asset:NAME or store:NAME would tell transformers nothing"
+    exec(card(r), shown := {})
+    found = shown["model"].eval()
     with torch.inference_mode():
         torch.testing.assert_close(found(**kept["batch"]).logits, kept["logits"], atol=1e-5, rtol=1e-4)
 
@@ -198,7 +205,10 @@ def test_features_beside_the_sequence(go, model, tmp_path):
     sizes = Labels.load(f"{r['adapter']}/labels.json").sizes
     base = AutoModelForSequenceClassification.from_pretrained(model, num_labels=sum(sizes))
     found = PeftModel.from_pretrained(base, r["adapter"]).eval()
-    assert found(torch.arange(3, 23)[None]).logits.shape == (1, sum(sizes))
+    logits = found(torch.arange(3, 23)[None]).logits
+    assert logits.shape == (1, sum(sizes))
+    exec(card(r), shown := {})
+    torch.testing.assert_close(shown["model"].eval()(torch.arange(3, 23)[None]).logits, logits)
 
 
 @pytest.mark.parametrize(
@@ -228,21 +238,51 @@ def test_refused(go, tmp_path, change, says):
     assert Store(str(tmp_path / "store")).list() == []
 
 
-def test_evaluate(go, few, tmp_path, capsys):
-    "The command finds what the step's own report says, on the same rows."
+def held_file(few, path):
+    "The rows of a small run that are held out, as a file."
+    lines = Path(few["data"]).read_text().splitlines()
+    path.write_text("\n".join(x for x in lines if in_held_out(hashlib.sha256(json.loads(x)["sequence"].encode()).hexdigest(), 0.1)))
+    return str(path)
+
+
+@pytest.mark.parametrize("features", ["", "depth"])
+def test_evaluate(go, few, tmp_path, capsys, features):
+    "The command finds what the step's own report says, on the same rows; with a branch too, which outvotes the text here."
     from waystation.cli import main
 
-    r = go(run="e", max_steps=4, eval_steps=0)
+    r = go(run="e", max_steps=20 if features else 4, eval_steps=0, features=features, learning_rate=0.02)
     assert json.loads(Path(r["adapter"], "waystation.json").read_text())["base"] == few["model"]
-    held = {x["question"] for x in r["samples"]}
-    file, lines = tmp_path / "held.jsonl", Path(few["data"]).read_text().splitlines()
-    file.write_text("\n".join(x for x in lines if json.loads(x)["sequence"][:60] in held))
-    assert main(["evaluate", "store:models/e/current", str(file), "--store", few["store"], "--text", "sequence", "--json"]) == 0
-    said = json.loads(capsys.readouterr().out)
-    assert said["levels"] == ["kingdom", "phylum", "genus"] and said["metrics"]["tuned"]["accuracy phylum"]["n"] == len(held)
-    named = [x["after"].split(" > ")[1] == x["expected"].split(" > ")[1] for x in r["samples"]]
-    assert said["metrics"]["tuned"]["accuracy phylum"]["hits"] == sum(named)
+    file = held_file(few, tmp_path / "held.jsonl")
+    assert main(["evaluate", "store:models/e/current", file, "--store", few["store"], "--text", "sequence", "--json"]) == 0
+    out = capsys.readouterr()
+    said = json.loads(out.out)
+    assert said["levels"] == ["kingdom", "phylum", "genus"] and said["rows"] == r["sets"]["rows"]["rows"] and said["unknown"]["genus"] == 0
+    names = {"tuned": "tuned"} | ({"tuned_text": "tuned, text alone", "tuned_features": "tuned, features alone"} if features else {})
+    assert set(said["metrics"]) == {"base", *names.values()} and "evaluate" in out.err
+    for who, name in names.items():
+        for level in said["levels"]:
+            assert said["metrics"][name][f"accuracy {level}"] == r["metrics"]["rows"][who]["accuracy"][level], (name, level)
     assert {"macro_f1 genus", "calibration phylum", "path"} <= said["metrics"]["base"].keys()
+    if features:
+        assert said["metrics"]["tuned"] != said["metrics"]["tuned, text alone"]
+        assert "waystation evaluate` asks both" in " ".join(Path(r["adapter"], "README.md").read_text().split())
+
+
+def test_evaluate_on_strange_labels(go, few, tmp_path, capsys):
+    "Rows that count in no figure are counted; where there are no others, the classifier's classes are named."
+    from waystation.cli import main
+
+    go(run="e", max_steps=1, eval_steps=0)
+    made = [json.loads(line) for line in Path(held_file(few, tmp_path / "held.jsonl")).read_text().splitlines()]
+    file = tmp_path / "new.jsonl"
+    ask = ["evaluate", "store:models/e/current", str(file), "--store", few["store"], "--text", "sequence"]
+    file.write_text("".join(json.dumps(r | dict(genus="Gnew", sequence=r["sequence"] if i else None)) + "\n" for i, r in enumerate(made)))
+    assert main(ask) == 0
+    told = capsys.readouterr().out
+    assert f"genus: {len(made) - 1} of {len(made) - 1} rows have a label that is no class of it" in told and "left out: 1 row with no text" in told
+    file.write_text("".join(json.dumps(r | dict(kingdom="0", phylum="1", genus="2")) + "\n" for r in made))
+    assert main(ask) == 2
+    assert f"none of its {len(made)} rows has a label that this classifier knows (kingdom: 'K'; phylum: 'Pa', 'Pb'; genus: 'Ga" in capsys.readouterr().err
 
 
 def test_early_stop(go, few):
@@ -268,6 +308,64 @@ def test_gates_on_levels(go, few):
     r = go(**small, gates="path >= 0, unseen_genus.accuracy.phylum >= 0")
     assert set(r["figures"]) == set(str(e.value).split("figures are ")[1].split(", "))
     assert store.refs("models") == {"models/c/current": "models/c/v1", "models/c-encoder/current": "models/c-encoder/v1"}
+
+
+def labelled(path, name, seed, n=40):
+    "A file of rows without two alike; `name` gives the i-th text, in the order of hashes as held-out rows have it, its label."
+    rng = random.Random(seed)
+    texts = sorted(("".join(rng.choices("ACGT", k=40)) for _ in range(n)), key=lambda x: hashlib.sha256(x.encode()).hexdigest())
+    path.write_text("text,label\n" + "".join(f"{text},{name(i, text)}\n" for i, text in enumerate(texts)))
+    return str(path)
+
+
+def test_nothing_to_measure_is_refused(go, few, tmp_path, capsys):
+    "Of held-out rows: all, the few that eval_rows leaves, those to stop by, and those whose one known level weighs nothing. A loss of 0 passed each gate here."
+    from waystation.cli import main
+
+    how = dict(text="text", labels="label", gates="eval_loss <= 0.3")
+    once = labelled(tmp_path / "once.csv", lambda i, text: f"c{i}", 3)
+    data, held = labelled(tmp_path / "data.csv", lambda i, text: "ab"[i % 2], 1), labelled(tmp_path / "held.csv", lambda i, text: "xab"[min(i, 2)], 2, 8)
+    watched = labelled(tmp_path / "watched.csv", lambda i, text: f"w{i}" if in_held_out("validation " + text, WATCHED) else "ab"[i % 2], 1)
+    for change, says in ((dict(data=once), r"no row of the held-out set 'rows' \(of \d\) has a label that a training row has, so there is nothing to measure"),
+                         (dict(data=data, eval_data=held, eval_rows=1), r"\(of 1\) has a label"),
+                         (dict(data=watched, eval_data=held, early_stop=1), "no row of the held-out set 'to stop by'")):  # fmt: skip
+        with pytest.raises(Refused, match=says):
+            go(**how | change)
+    some = [json.loads(line) | dict(sequence="A" * i) for i, line in enumerate(Path(few["data"]).read_text().splitlines()[:9], 1)]
+    (tmp_path / "bare.jsonl").write_text("".join(json.dumps(r | dict(genus=None)) + "\n" for r in some))
+    with pytest.raises(Refused, match="has a genus that a training row has"):
+        go(labels="phylum=0,genus", eval_data=str(tmp_path / "bare.jsonl"))
+    assert Store(few["store"]).list() == []
+    assert main(["lint", once, "--task", "classify", "--labels", "label", "--model", few["model"]]) == 2
+    assert "error   unseen-labels" in capsys.readouterr().out
+
+
+def test_rows_of_labels_that_training_never_saw(go, few, tmp_path, capsys):
+    "They leave the figures, and whoever reads any of lint, log, report, gate or card is told how many did."
+    from waystation.cli import headline, main
+
+    data = labelled(tmp_path / "data.csv", lambda i, text: "ab"[i % 2], 1)
+    held = labelled(tmp_path / "held.csv", lambda i, text: "abx"[min(i, 2)], 2, 17)
+    r = go(data=data, eval_data=held, text="text", labels="label", max_steps=1, eval_steps=0, warmup_steps=0, gates="eval_loss <= 9")
+    assert r["sets"]["rows"] == dict(rows=17, not_in_training=dict(label=15)) and r["metrics"]["rows"]["tuned"]["accuracy"]["label"]["n"] == 2
+    assert r["figures"]["eval_loss"]["n"] == r["gates"][0]["n"] == 2 and "passed with" in dict(headline(r))["gate"]
+    assert dict(headline(r))["rows, unseen"].startswith("label 15 of 17 ") and "1 warning: unseen-labels 15" in dict(headline(r))["lint"]
+    assert "occurs in the training rows (of rows, label 15 of 17 do not)" in " ".join(Path(r["adapter"], "README.md").read_text().split())
+    assert main(["lint", data, "--eval-data", held, "--task", "classify", "--labels", "label", "--model", few["model"]]) == 0
+    assert "15 of 17 held-out rows have a label that training never saw (label 15)" in capsys.readouterr().out
+
+
+def test_a_level_that_no_held_out_row_has_is_not_measured():
+    "It has no loss of 0, which would make that of the others look smaller."
+    from transformers import EvalPrediction
+
+    from waystation.training.classifier import Sorter
+
+    sorter = Sorter.__new__(Sorter)
+    sorter.labels = Labels({"a": 3.0, "b": 1.0}, [["x", "y"], ["p", "q"]], [[], []])
+    one, both = (sorter.all_rows(EvalPrediction(np.array(loss), np.array(label)))["loss"] for loss, label in (
+        ([[0.5, 0], [0.7, 0]], [[0, -1], [1, -1]]), ([[0.5, 0], [0.7, 1]], [[0, -1], [1, 0]])))  # fmt: skip
+    assert one == pytest.approx(0.6) and both == pytest.approx((3 * 0.6 + 1) / 4)
 
 
 def test_held_out_rows_that_were_learnt_are_refused(go, tmp_path):

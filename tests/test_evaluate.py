@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -94,8 +95,35 @@ def test_grounded_rows(trained, tmp_path, monkeypatch):
     whole = dict.fromkeys(("format", "citation", "answer", "both", "sentences that cite", "sentences supported", "refused, unanswerable"), 1)
     assert share["model"] == whole | {"refused, answerable": 0}
     assert share["word overlap"]["refused, unanswerable"] == 0 and share["word overlap"]["sentences that cite"] == 1
+    few = report_answers(tmp / "model", asked, Store(str(tmp / "store")), limit=2)
+    assert few["metrics"]["model"]["both"]["n"] == 2 and few["grounding"] == made, "two rows are asked about; what the measure is worth needs no model"
     constant = report_answers(tmp / "model", asked, Store(str(tmp / "store")), support=lambda pairs: [0.5] * len(pairs))["grounding"]
     assert constant["missed"]["hits"] == constant["missed"]["n"] or constant["fooled"]["hits"] == constant["fooled"]["n"], "a measure that tells nothing says so"
+
+
+def test_rows_of_merge_are_not_below_zero(tmp_path):
+    from waystation.training.merge import merge
+
+    with pytest.raises(Refused, match="rows=-3 must not be below 0"):
+        merge("models/t/v1", str(tmp_path), rows=-3)
+
+
+def test_figures_for_a_person():
+    from waystation.training.report import report_table
+
+    made = [dict(value=x, n=3, low=x / 2, high=2 * x) for x in (0.01234, 12.345, 999.6, 1886.4, 1e30)]
+    said = [line[1] for line in report_table({"model": {str(i): m for i, m in enumerate(made)}})[1:]]
+    assert said == ["0.0123 n=3 [0.00617, 0.0247]", "12.3 n=3 [6.17, 24.7]", "1,000 n=3 [500, 1,999]", "1,886 n=3 [943, 3,773]", "1e+30 n=3 [5e+29, 2e+30]"]
+
+
+def test_the_bar_ends_full(trained, tmp_path, monkeypatch):
+    from waystation.training import report
+
+    tmp, _ = trained
+    told = []
+    monkeypatch.setattr(report, "progress", lambda total, desc: (told.append(total), SimpleNamespace(update=lambda n: told.append(-n), close=lambda: None))[1])
+    report_answers(tmp / "model", read_rows(grounded(tmp_path / "g.jsonl", 7)), Store(str(tmp / "store")), max_new=1)
+    assert told[0] == 7 + 7 + 5 + 7 and sum(told) == 0 and len(told) > 4, "rows for the loss, answers, some of them alone, and without their passage"
 
 
 def test_another_base_is_refused(trained, tmp_path, monkeypatch):
@@ -118,7 +146,8 @@ def test_bad_input(trained, tmp_path, capsys):
     file = rows(tmp_path / "rows.jsonl")
     for args, says in (((str(tmp / "no"), file), "does not exist"), ((str(tmp / "model"), file, "--form", "["), "not a regular expression"),
                        ((str(tmp / "model"), str(tmp / "no.jsonl")), "does not exist"), ((str(tmp / "cache"), file), "not a causal language model"),
-                       ((str(tmp / "model"), file, "--refusal", "("), "refusal='('"), ((str(tmp / "model"), file, "--max-new", "0"), "max_new=0")):  # fmt: skip
+                       ((str(tmp / "model"), file, "--refusal", "("), "refusal='('"), ((str(tmp / "model"), file, "--max-new", "0"), "max_new=0"),
+                       (("nothing", file, "--rows", "-3"), "rows=-3 must not be below 0")):  # fmt: skip
         assert main(["evaluate", *args]) == 2
         assert says in capsys.readouterr().err
 

@@ -120,3 +120,17 @@ def test_ctrl_c_stops_the_answer_and_not_the_conversation(env, tmp_path):
         p.kill()
         p.wait()
         os.close(ours)
+
+
+@pytest.mark.parametrize("n, says", [(0, "0 answers"), (1, "1 answer"), (2, "2 answers")])
+def test_how_many_answers_a_conversation_had(monkeypatch, n, says):
+    from types import SimpleNamespace
+
+    from waystation.cli import chat
+    from waystation.training import talk
+
+    had = SimpleNamespace(turns=[{"content": ""}] * (1 + 2 * n), tokens=0, seconds=0, system="", set=lambda *a: had)
+    monkeypatch.setattr(talk, "open_talk", lambda *a: had)
+    monkeypatch.setattr(talk, "converse", lambda *a: None)
+    monkeypatch.setattr("sys.stdin", SimpleNamespace(isatty=lambda: True))
+    assert chat("any")["text"] == says

@@ -471,7 +471,7 @@ def bring(
     if left := done['left_out']: more.append(f"not of this table and left out: {', '.join(left[:5])}{' …' if left[5:] else ''}")
     return done | dict(text='\n'.join([text, *more]))
 
-# %% ../nbs/90_cli.ipynb #3533e40e
+# %% ../nbs/90_cli.ipynb #f0c338e7
 def evaluate(
     model:str,          # A model, an adapter or a classifier: a folder, store:models/NAME/current, asset:NAME or a hub id
     data:str,           # Rows that it never saw, as train takes them: JSONL, Parquet or CSV; for a classifier whatever embed reads
@@ -488,6 +488,7 @@ def evaluate(
     "Measure a model on rows that it never saw, and its base beside it: each figure with n and a 95% interval."
     from waystation.assets import resolve
     from waystation.training import report as part
+    if rows < 0: raise Refused(f'rows={rows} must not be below 0; 0 asks about all of them')
     place = _open(store)
     folder = resolve(model, 'model', place).path
     if (folder/'labels.json').is_file():
@@ -495,17 +496,19 @@ def evaluate(
         found = part.report_levels(folder, resolve(data, 'source', place).rows, text, place, read_tokenizer, rows)
     else:
         from waystation.training.chat import read_rows, with_system
-        asked, more = read_rows(resolve(data, 'eval_data', place).path, columns)[:rows or None], {}
+        asked, more = read_rows(resolve(data, 'eval_data', place).path, columns), {}
         asked = with_system(asked, system or part.made_of(folder).get('system', ''))
         if grounding: more = dict(support=_by_meaning(resolve(grounding, 'model', place).path))
-        found = part.report_answers(folder, asked, place, max_new, form, refusal, **more)
+        found = part.report_answers(folder, asked, place, max_new, form, refusal, limit=rows, **more)
     lines, known, said = part.report_table(found['metrics']), found.get('grounding', {}), list[str]()
     if 'missed' in known:
         missed, fooled = (f"{known[k]['hits']} of {known[k]['n']}" for k in ('missed', 'fooled'))
         said = [f"supported: {known['limit']:.3g} or more by {grounding or 'shared words'}; of known pairs, {missed} right ones fail and {fooled} wrong ones pass"]
+    said += [f"{level}: {n} of {found['rows']} rows have a label that is no class of it, and do not count" for level, n in found.get('unknown', {}).items() if n]
+    said += [f"left out: {len(where)} row{'s'[:len(where) != 1]} with {k.replace('_', ' ')}" for k, where in found.get('left_out', {}).items() if where]
     return dict(model=model, data=data) | found | dict(text='\n'.join([_grid(lines[0], lines[1:]), *said]))
 
-# %% ../nbs/90_cli.ipynb #21b7db4a
+# %% ../nbs/90_cli.ipynb #200f1a2a
 def _by_meaning(folder:Any) -> Callable[[Sequence[tuple[str,str]]],list[float]]: # How near sentence and text are
     def support(pairs):
         from waystation.embedding.engine import embed_texts
@@ -555,14 +558,15 @@ def chat(
     if once: talk.ask(once)
     else: converse(talk, _typed)
     speed = round(talk.tokens/talk.seconds, 1) if talk.seconds else None
-    text = ''.join(t['content'] for t in talk.turns[1:]) if once else f'{len(talk.turns)//2} answers' + (f', {speed} tokens/s' if speed else '')
+    n = len(talk.turns)//2
+    text = ''.join(t['content'] for t in talk.turns[1:]) if once else f"{n} answer{'s'[:n != 1]}" + (f', {speed} tokens/s' if speed else '')
     return dict(model=model, base=base, system=talk.system, turns=talk.turns, tokens=talk.tokens, tokens_per_s=speed, text=text)
 
 COMMANDS:dict[str,Callable[...,dict[str,Any]]] = {
     'search': search, 'sql': sql, 'classify': classify, 'near': near, 'cluster': cluster, 'view': view, 'import': bring, 'lint': lint, 'evaluate': evaluate,
     'chat': chat, 'merge': merge}
 
-# %% ../nbs/90_cli.ipynb #5284cb91
+# %% ../nbs/90_cli.ipynb #cbfca86b
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -591,9 +595,11 @@ def _headline_train(r:dict[str,Any]) -> list[tuple[str,str]]:
             ('held-out loss', f"{r['eval_loss']['before']:.3f} before, {r['eval_loss']['after']:.3f} after")]
     rows += [('gate', sentence(g)) for g in r.get('gates', [])]
     if r.get('task') == 'classify':  # a line for each held-out set and level
+        from waystation.training.lint import never_seen
         for name, m in r['metrics'].items():
             rows += [(f'{name}, {k}', ', '.join(f"{who} {share(m[who]['accuracy'][k])}" for who in ('tuned', 'neighbour', 'majority')))
                      for k in r['levels'] if k in m['tuned']['accuracy']]
+        rows += [(f'{name}, unseen', f'{said} have a label that training never saw and count in no figure') for name, said in never_seen(r.get('sets', {})).items()]
         return [*rows, ('lint', r.get('lint', 'not done')), ('adapter', r['adapter']), ('encoder', f"store:{r['encoder']}")]
     for who in ('base', 'tuned', 'word_overlap'):
         if m := r['metrics'].get(who): rows.append((who.replace('_', ' '), ', '.join(f'{k} {share(m[k])}' for k in _MARKS if k in m)))

@@ -7,7 +7,7 @@ __all__ = ['TOKENS', 'CARD', 'encoder_parts', 'load_classifier', 'collate', 'Sor
            'answers', 'examine_classifier', 'gate_figures', 'gate_names', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #49e23004
+# %% ../../nbs/training/15_classifier.ipynb #f81d11ff
 import json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -31,9 +31,9 @@ from ..runtime import Refused, is_main
 from .device import Plan, one_card
 from .features import Branch, Features, make_features
 from .labelled import cut_ids, divide, label_ids, no_use, read_labelled
-from .lint import add_to_card, lint, refuse, set_aside, steps_of, summary
+from .lint import add_to_card, lint, never_seen, refuse, set_aside, steps_of, summary, unseen
 from .room import EXAMINED, fit_in, one_sentence
-from .scoring import levels_table, majority, nearest, score_levels, take_over
+from .scoring import levels_table, majority, nearest, score_levels, take_over, unknown
 from .taxonomy import Labels, level_losses, likeliest_path, log_probabilities, make_labels, over_levels, read_levels
 
 # %% ../../nbs/training/15_classifier.ipynb #8811156e
@@ -83,7 +83,7 @@ def collate(
     mask = torch.tensor([[1]*len(r['input_ids']) + [0]*(width - len(r['input_ids'])) for r in rows])
     return {'input_ids': ids, 'attention_mask': mask} | {k: torch.tensor([r[k] for r in rows]) for k in ('labels', 'numbers') if k in rows[0]}
 
-# %% ../../nbs/training/15_classifier.ipynb #2f596277
+# %% ../../nbs/training/15_classifier.ipynb #32099615
 class Sorter(SameOrder, Trainer):
     "transformers' Trainer with the loss over all levels, and a count of the tokens it was shown."
     tokens, positions = 0, 0  # Of texts, and with padding
@@ -119,7 +119,8 @@ class Sorter(SameOrder, Trainer):
 
     def all_rows(self, found):
         sums, known = found.predictions.sum(0, dtype=float), (found.label_ids >= 0).sum(0)
-        return {'loss': float(over_levels(torch.tensor(sums), torch.tensor(known), list(self.labels.levels.values())))}
+        weights = np.array(list(self.labels.levels.values()))*(known > 0)  # a level that no held-out row has is not measured, which is no loss of 0
+        return {'loss': float(over_levels(torch.tensor(sums), torch.tensor(known), weights.tolist()))}
 
 # %% ../../nbs/training/15_classifier.ipynb #2e0a6df7
 @dataclass
@@ -173,7 +174,7 @@ def columns(
     return (dict(input_ids=ids) | (dict(numbers=beside.numbers(rows).tolist()) if beside else {})
             | (dict(labels=labels.numbers(rows).tolist()) if labels else {}))
 
-# %% ../../nbs/training/15_classifier.ipynb #a141d2b7
+# %% ../../nbs/training/15_classifier.ipynb #509b1c76
 def prepare_classifier(
     job:Any,                       # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has, so that both see the same tokens
@@ -184,6 +185,7 @@ def prepare_classifier(
     train, watch, all_sets, empty, also, levels = _read(job)
     sets = {name: rows[:p['eval_rows'] or None] for name, rows in all_sets.items()}
     labels, total = make_labels(levels, train), steps_of(p, len(train))
+    refuse(unseen(train, sets | ({'to stop by': watch} if watch else {}), [level for level, weight in levels.items() if weight]))
     check_names(read_gates(p['gates']), gate_names(labels, sets))
     check_numbers(p, linear, positions)
     how = decide(job)
@@ -283,7 +285,7 @@ def baselines(c:Lesson) -> dict[str,dict[str,Any]]: # Set -> who -> figures
         out[name] = {'majority': score_levels(truth, np.tile(majority(known), (len(rows), 1)), c.labels), 'neighbour': score_levels(truth, near, c.labels)}
     return out
 
-# %% ../../nbs/training/15_classifier.ipynb #ae2093b3
+# %% ../../nbs/training/15_classifier.ipynb #40faae0e
 CARD = """---
 library_name: peft
 tags: [lora, text-classification, waystation]
@@ -295,16 +297,15 @@ A LoRA adapter (r={lora_r}, alpha={lora_alpha}) with heads for {levels} on **{mo
 {note}
 ## How well it does
 {tables}
-Held-out loss {before} before, {after} after. One seed ({seed}). A row counts where its rank is known and occurs in the training rows.
+Held-out loss {before} before, {after} after. One seed ({seed}). A row counts where its rank is known and occurs in the training rows{new}.
 
 ## Load it
 ```
-from peft import PeftModel
-from transformers import AutoModelForSequenceClassification
-base = AutoModelForSequenceClassification.from_pretrained("{model}", num_labels={outputs})
-model = PeftModel.from_pretrained(base, "this folder")
+from peft import AutoPeftModelForSequenceClassification
+model = AutoPeftModelForSequenceClassification.from_pretrained("this folder", num_labels={outputs})
 ```
-`{model}` was read from `{path}`. {unchanged} Output i is class i of `labels.json`, whose levels stand side by side.
+`{model}` was read from `{path}` (`base_model_name_or_path` in adapter_config.json). {unchanged}
+Output i is class i of `labels.json`, whose levels stand side by side.
 """
 
 def tables(
@@ -348,7 +349,7 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
-# %% ../../nbs/training/15_classifier.ipynb #e3968f01
+# %% ../../nbs/training/15_classifier.ipynb #b19e7a55
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
     "Seal adapter and encoder."
     p, path = job.params, job.inputs['model'].path
@@ -360,12 +361,15 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     c.labels.save(job.work/'adapter/labels.json')
     if c.beside: c.beside.save(job.work/'adapter/features.json')
     note = '' if 'kmer-random' not in p['model'] else '\nThe base encoder was **never trained**: its weights are random from a seed.\n'
-    if c.beside: note += f"\nA branch over {p['features']} (scaled as features.json says) was trained beside it; loaded as below, the text answers alone.\n"
+    if c.beside:
+        note += (f"\nA branch over {p['features']} (scaled as features.json says) was trained beside it. Loaded as below, the text answers alone; "
+                 '`waystation evaluate` asks both.\n')
+    new = '; '.join(f'of {name}, {said} do not' for name, said in never_seen(facts['sets']).items())
     (job.work/'adapter/README.md').write_text(CARD.format(**{
         **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': facts.get('best_step', c.total), 'n_train': len(c.rows),
         'precision': c.precision, 'note': note, 'path': path,
         'tables': tables(facts['metrics'], list(c.labels.levels), c.labels.sizes), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
-        'outputs': sum(c.labels.sizes), 'unchanged': UNCHANGED.format(**frozen)}), encoding='utf-8')
+        'new': f' ({new})' if new else '', 'outputs': sum(c.labels.sizes), 'unchanged': UNCHANGED.format(**frozen)}), encoding='utf-8')
     add_to_card(c.lint, job.work/'adapter')
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
              'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job),
@@ -378,7 +382,7 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     return {'model': name, 'encoder': encoder, 'adapter_sha256': sealed.files['adapter_model.safetensors']['sha256'],
             'labels_sha256': sealed.files['labels.json']['sha256']}
 
-# %% ../../nbs/training/15_classifier.ipynb #18d81bae
+# %% ../../nbs/training/15_classifier.ipynb #57c78dff
 def classify(
     job:Any,                             # An open job of the station `train`
     read_tokenizer:Callable[[Path],Any], # The reader of tokenizers that `embed` has
@@ -389,13 +393,12 @@ def classify(
     with one_sentence(*EXAMINED): after = examine_classifier(c, 'tuned')
     if not is_main(): return {}  # of several processes, the main one has the report
     metrics = {name: before['others'][name] | before['metrics'][name] | after['metrics'][name] for name in c.sets}
-    truth = {name: c.labels.numbers(rows) for name, rows in c.sets.items()}
-    sets = {name: {'rows': len(rows), 'not_in_training': {level: int(sum(bool(r[level]) and n < 0 for r, n in zip(rows, truth[name][:, k], strict=True)))
-                   for k, level in enumerate(c.labels.levels)}} for name, rows in c.sets.items()}
+    sets = {name: {'rows': len(rows), 'not_in_training': unknown(rows, c.labels)} for name, rows in c.sets.items()}
+    measured = (c.labels.numbers(c.sets['rows'])[:, [w > 0 for w in c.labels.levels.values()]] >= 0).any(1)  # rows with a part in the loss
     shown = c.sets['rows'][:5]
     facts = {'task': 'classify', 'steps': c.total, 'n_train': len(c.rows), 'n_eval': len(c.held), 'cut_rows': c.cut, 'left_out': c.left_out, **fitted, 'sets': sets,
              'levels': list(c.labels.levels), 'classes': c.labels.sizes, 'metrics': metrics,
-             'figures': gate_figures({name: m['tuned'] for name, m in metrics.items()}) | {'eval_loss': {'value': after['eval_loss'], 'n': len(c.sets['rows'])}},
+             'figures': gate_figures({name: m['tuned'] for name, m in metrics.items()}) | {'eval_loss': {'value': after['eval_loss'], 'n': int(measured.sum())}},
              'eval_loss': {'before': before['eval_loss'], 'after': after['eval_loss']},
              'samples': [dict(question=r['text'][:60], expected=' > '.join(r[x] or '?' for x in c.labels.levels), before=b, after=a)
                          for r, b, a in zip(shown, before['outputs'], after['outputs'], strict=True)],

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Row', 'TASKS', 'NEAR', 'Length', 'WATCHED', 'Finding', 'check_task', 'find_rows', 'shingles', 'signatures', 'near',
            'leaks', 'copies', 'too_long', 'measure', 'about_template', 'set_aside', 'steps_of', 'never', 'balance',
-           'lint', 'refuse', 'summary', 'describe', 'add_to_card']
+           'unseen', 'never_seen', 'lint', 'refuse', 'summary', 'describe', 'add_to_card']
 
 # %% ../../nbs/training/11_lint.ipynb #20fd296c
 import collections, functools, json, math, re, unicodedata, zlib
@@ -298,7 +298,34 @@ def balance(
             out.append(Finding('warning', 'one-class', total, f'every training row has the same {level} ({name}), which is then always right; leave it out', []))
     return told, out
 
-# %% ../../nbs/training/11_lint.ipynb #20186051
+# %% ../../nbs/training/11_lint.ipynb #84daa5eb
+def unseen(
+    train: Sequence[Mapping[str, str]],               # Training rows
+    held: Mapping[str, Sequence[Mapping[str, str]]],  # Held-out sets
+    levels: Sequence[str],                            # Columns with labels
+) -> list[Finding]:
+    "Held-out rows with labels that no training row has; an error where a set has no other row."
+    out, classes = [], {level: {r[level] for r in train} - {''} for level in levels}
+    if not levels: return out  # rows with answers
+    for name, rows in held.items():
+        new = {level: sum(bool(r[level]) and r[level] not in known for r in rows) for level, known in classes.items()}
+        lost = [r for r in rows if any(r[level] and r[level] not in known for level, known in classes.items())]
+        if not any(r[level] in known for r in rows for level, known in classes.items()):
+            out.append(Finding('error', 'unseen-labels', len(rows), f'no row of the held-out set {name!r} (of {len(rows)}) has a {" or ".join(levels)} that '
+                'a training row has, so there is nothing to measure; add rows of the same classes, or hold other rows out', _first(map(_where, rows))))
+        elif lost and not name.startswith('unseen '):
+            out.append(Finding('warning', 'unseen-labels', len(lost), f'{len(lost)} of {len(rows)} held-out rows have a label that training never saw '
+                f"({', '.join(f'{level} {n}' for level, n in new.items() if n)}), and count there in no figure; add rows of these", _first(map(_where, lost))))
+    return out
+
+def never_seen(
+    sets: Mapping[str, Mapping[str, Any]], # Held-out set -> rows, not_in_training by level, as a report has them
+) -> dict[str, str]:                       # Set -> 'genus 14 of 17', for sets that have such rows
+    "How many rows of each set count in no figure, for a person."
+    told = {name: ', '.join(f"{level} {n} of {s['rows']}" for level, n in s['not_in_training'].items() if n) for name, s in sets.items()}
+    return {name: said for name, said in told.items() if said}
+
+# %% ../../nbs/training/11_lint.ipynb #59930a26
 def lint(
     train: Sequence[Row],               # Rows to learn from
     held: Mapping[str, Sequence[Row]],  # Held-out sets
@@ -312,7 +339,7 @@ def lint(
     if train:
         total = steps_of(p, len(train))
         told, one = balance(train, levels)
-        labels, found = told, [*found, *leaks(train, held, task), *never(p, total), *one]
+        labels, found = told, [*found, *leaks(train, held, task), *never(p, total), *one, *unseen(train, held, levels)]
     found += [*too_long(lengths, p['max_length'], task), *copies(train, held, task)]
     found.sort(key=lambda f: f.level)  # errors first
     return {'rows': len(train), 'held_out': {k: len(rows) for k, rows in held.items()}, 'steps': total, 'findings': [asdict(f) for f in found],

@@ -188,7 +188,7 @@ def _gguf(job: Any, report: dict[str, Any], kind: str) -> str: # The seal's name
     shutil.rmtree(to, ignore_errors=True)
     return job.note(f'gguf-{kind}', {'model': name})['model']
 
-# %% ../../nbs/training/18_merge.ipynb #94dcb2a0
+# %% ../../nbs/training/18_merge.ipynb #29c80ad0
 def merge(
     model: str,              # An adapter in the store
     store: str = '',         # Where it is; '' for the one in the settings
@@ -203,6 +203,7 @@ def merge(
     "Merge an adapter into its base, measure both, and seal the result."
     check_gguf(gguf)
     read_gates(gates)
+    if rows < 0: raise Refused(f'rows={rows} must not be below 0; 0 measures on all of them')
     place = Store(settings(store)['store'])
     seal = sealed_adapter(place, model)
     if columns and not data: raise Refused(f"columns={columns!r} says how the rows of data are read, and data='' is those of the training; give data, too")
