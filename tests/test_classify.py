@@ -115,6 +115,22 @@ def test_the_encoder_that_is_sealed_is_the_tuned_one(go, model):
     assert (AutoModel.from_pretrained(model).eval()(ids).last_hidden_state - want).abs().max() > 1e-3, "and it is not the base"
 
 
+def test_a_packaged_base_is_named_as_it_is_anywhere(go):
+    from test_leave import paths_in, snippet
+
+    from waystation.assets import fetch_asset
+    from waystation.runtime import cache
+
+    r = go(model="asset:kmer-random", max_steps=1, eval_steps=0)
+    folder = Path(r["adapter"])
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "asset:kmer-random"
+    card = (folder / "README.md").read_text()
+    assert "fetch_asset('kmer-random')" in card and paths_in(folder, cache()) == []
+    loaded = {}
+    exec(snippet(card, folder, fetch_asset("kmer-random")), loaded)
+    assert loaded["model"].peft_config["default"].r == 4
+
+
 def test_one_flat_label_from_csv(go, model, tmp_path):
     "Saved so that transformers and PEFT load it, and answer with the same logits as here."
     from peft import AutoPeftModelForSequenceClassification

@@ -10,6 +10,7 @@ import nbformat
 import pytest
 from conftest import ROOT, WAYSTATION
 
+from waystation.assets import fetch_asset
 from waystation.recipe import station_notebook
 from waystation.registry import show_run
 from waystation.store import Store
@@ -55,8 +56,8 @@ def test_the_journey_and_again(cli, env, tmp_path):
 
     # PEFT loads the adapter, and Lance the table, without waystation.
     probe = (
-        "import sys, lance; from peft import AutoPeftModelForCausalLM; assert 'waystation' not in sys.modules;"
-        f"m = AutoPeftModelForCausalLM.from_pretrained({train['adapter']!r}); t = lance.dataset({export['table']!r});"
+        "import sys, lance; from peft import PeftModel; from transformers import AutoModelForCausalLM as Base; assert 'waystation' not in sys.modules;"
+        f"m = PeftModel.from_pretrained(Base.from_pretrained({str(fetch_asset('smollm2-135m'))!r}), {train['adapter']!r}); t = lance.dataset({export['table']!r});"
         "assert 'waystation' not in sys.modules; print(m.peft_config['default'].r, t.count_rows(), t.schema.names)"
     )
     done = subprocess.run([sys.executable, "-c", probe], capture_output=True, text=True, cwd=tmp_path)
