@@ -219,13 +219,14 @@ def spoil(folder, how):
 @pytest.mark.parametrize("how, says", [("none", "its weights cannot be read .*no file named model.safetensors"), ("cut", "its weights cannot be read .*incomplete"),
                                        ("gap", "1 of its weights missing, such as lm_head.weight"), ("other", "its weights cannot be read .*mismatched"),
                                        ("tokenizer", "its tokenizer cannot be read")])  # fmt: skip
-def test_a_model_that_did_not_arrive_whole_is_refused(go, model, run, tmp_path, how, says):
+def test_a_model_that_did_not_arrive_whole_is_refused(go, model, run, tmp_path, capsys, how, says):
     "By everything that opens one; transformers itself would fill in at random what is missing."
     spoil(folder := Path(shutil.copytree(model, tmp_path / "spoilt")), how)
     for method in ("qlora", "lora") if how != "other" else ("lora",):  # packed weights have no shape of their own that would not fit
         with pytest.raises(Refused, match=f"model='{folder}': .*{says}.*; give a folder"):
             go(model=str(folder), method=method)
     assert Store(str(tmp_path / "store")).list() == []
+    capsys.readouterr()  # what W&B says when it is imported
     for command in (("chat", folder, "--once", "Who?"), ("evaluate", folder, tmp_path / "rows.jsonl", "--rows", 1)):
         assert re.search(says, run(*command, "--store", tmp_path / "store", code=2))
 

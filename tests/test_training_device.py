@@ -220,9 +220,9 @@ def test_a_scaled_loss_needs_its_scale(tmp_path):
 
 def one_of_two(rank, port, folder, how, dies, env):
     "A process that a launcher would have started; the main one dies right after the seal of checkpoint `dies`."
-    os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WAYSTATION_WANDB_MODE": "disabled", "WAYSTATION_CACHE": f"{folder}/cache"}
+    os.environ |= {k: v.format(rank=rank) for k, v in env.items()}
     torch.set_num_threads(1)
     seal, end = recipe.Job.seal, SealCallback.on_train_end
 
