@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -129,6 +130,20 @@ def test_a_packaged_base_is_named_as_it_is_anywhere(go):
     loaded = {}
     exec(snippet(card, folder, fetch_asset("kmer-random")), loaded)
     assert loaded["model"].peft_config["default"].r == 4
+
+
+def test_an_encoder_that_did_not_arrive_whole_is_refused(go, model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = Path(shutil.copytree(model, tmp_path / "spoilt"), "model.safetensors")
+    kept = load_file(weights)
+    save_file({k: w for k, w in kept.items() if "layer.1.output.dense" not in k}, weights, metadata={"format": "pt"})
+    with pytest.raises(Refused, match=r"its weights cannot be read \(2 of its weights missing, such as bert.encoder.layer.1.output.dense.bias\)"):
+        go(model=str(tmp_path / "spoilt"))
+    weights.write_bytes(b"")
+    with pytest.raises(Refused, match="its weights cannot be read"):
+        go(model=str(tmp_path / "spoilt"))
+    assert Store(str(tmp_path / "store")).list() == []
 
 
 def test_one_flat_label_from_csv(go, model, tmp_path):

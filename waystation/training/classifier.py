@@ -7,7 +7,7 @@ __all__ = ['TOKENS', 'CARD', 'encoder_parts', 'load_classifier', 'collate', 'Sor
            'answers', 'examine_classifier', 'gate_figures', 'gate_names', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #c96bf354
+# %% ../../nbs/training/15_classifier.ipynb #c1bb03c6
 import json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from waystation.training.trainer import (  # first: it quietens what peft says when it is imported
-    UNCHANGED, Course, SameOrder, arguments, check_frozen, check_numbers, check_whole, code_versions, decide, fit, held_loss, how_to_load, keep_lint, name_base,
-    publish_model, quiet, readable, targets, told,
+    UNCHANGED, Course, SameOrder, arguments, check_frozen, check_loaded, check_numbers, check_whole, code_versions, decide, fit, held_loss, how_to_load, keep_lint,
+    name_base, publish_model, quiet, readable, targets, told,
 )
 
 import numpy as np
@@ -56,7 +56,7 @@ def encoder_parts(
     pooler = ['pooler'] if getattr(model.base_model, 'pooler', None) is not None else []
     return [*sorted({n.split('.')[-1] for n in inner}), TOKENS], config.max_position_embeddings - first, ['classifier', *pooler]
 
-# %% ../../nbs/training/15_classifier.ipynb #7ea4656a
+# %% ../../nbs/training/15_classifier.ipynb #42e3077e
 def load_classifier(
     path:str|Path,        # A model folder
     labels:Labels,
@@ -67,7 +67,9 @@ def load_classifier(
     _, _, whole = encoder_parts(path)
     transformers.set_seed(p['seed'])  # heads and LoRA begin at random
     config = AutoConfig.from_pretrained(path, num_labels=sum(labels.sizes), hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
-    with readable(path, 'weights'): model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+    with readable(path, 'weights'):
+        model, found = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        check_loaded(model, found, (*whole, 'contact_head'))  # which ESM has for contacts between residues
     if beside: model.branch, whole = Branch(2*len(beside.columns), sum(labels.sizes)), [*whole, 'branch']
     return get_peft_model(model, LoraConfig(r=p['lora_r'], lora_alpha=p['lora_alpha'], lora_dropout=p['lora_dropout'], task_type='SEQ_CLS',
                                             target_modules=rf'.*\.(encoder\..*|embeddings)\.({"|".join(targets(p))})', modules_to_save=whole))

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['log', 'PIECE', 'METHODS', 'CARD', 'UNCHANGED', 'NOTES', 'FROM_HUB', 'FROM_FOLDER', 'linear_modules', 'check_whole',
-           'readable', 'load_tokenizer', 'targets', 'check_numbers', 'encode', 'ByEpoch', 'SameOrder', 'shares',
-           'Scored', 'row_losses', 'token_mean', 'autocasts', 'own_weights', 'Tuner', 'Teller', 'Keeper', 'Course',
-           'frozen_hash', 'check_frozen', 'load_model', 'quiet', 'adapter', 'train_in_float32', 'leaves_out',
+           'readable', 'check_loaded', 'load_tokenizer', 'targets', 'check_numbers', 'encode', 'ByEpoch', 'SameOrder',
+           'shares', 'Scored', 'row_losses', 'token_mean', 'autocasts', 'own_weights', 'Tuner', 'Teller', 'Keeper',
+           'Course', 'frozen_hash', 'check_frozen', 'load_model', 'quiet', 'adapter', 'train_in_float32', 'leaves_out',
            'arguments', 'decide', 'prepare', 'keep_lint', 'held_loss', 'examine', 'best_step', 'spent', 'Chooser',
            'told', 'fit', 'code_versions', 'how_to_load', 'name_base', 'publish_model', 'seal_model', 'conclude']
 
@@ -64,7 +64,7 @@ def linear_modules(
     names = {n.split('.')[-1] for n, m in model.named_modules() if isinstance(m, torch.nn.Linear) and m is not head}
     return sorted(names), getattr(config.get_text_config(), 'max_position_embeddings', 10**9)
 
-# %% ../../nbs/training/14_trainer.ipynb #688820ec
+# %% ../../nbs/training/14_trainer.ipynb #f1ad04b9
 def check_whole(found: Located): # A model
     "Refuse an adapter where a whole model is needed."
     if not (found.path/'adapter_config.json').is_file() or (found.path/'config.json').is_file(): return
@@ -85,6 +85,15 @@ def readable(
         said = str(e).splitlines()[0].rstrip(': ') if str(e) else type(e).__name__
         raise Refused(f"model={str(path)!r}: its {what} cannot be read ({said}); give a folder with config.json, whole safetensors and a tokenizer, or bring "
                       "this one anew: an interrupted download or copy leaves such a folder") from e
+
+def check_loaded(
+    model: Any,             # As `from_pretrained` gives it
+    found: dict[str, Any],  # The `output_loading_info` beside it
+    new: tuple[str, ...] = (), # Modules that begin at random, as heads do
+):
+    "Refuse weights that no file had; inside `readable`."
+    missing = found['missing_keys'] & dict(model.named_parameters()).keys()
+    if gone := sorted(k for k in missing if not set(k.split('.')) & set(new)): raise ValueError(f"{len(gone)} of its weights missing, such as {gone[0]}")
 
 def load_tokenizer(path: str | Path) -> Any: # A model folder
     "The tokenizer of a model."
@@ -357,7 +366,7 @@ def _rows(job: Any) -> tuple[list[dict], dict[str, list[dict]]]: # Training rows
     refuse(wrong)
     return train, held
 
-# %% ../../nbs/training/14_trainer.ipynb #c58c8327
+# %% ../../nbs/training/14_trainer.ipynb #83d0c791
 def load_model(
     path: str | Path,  # A model folder
     method: str,       # One of METHODS; QLoRA alone has the frozen weights in four bits
@@ -372,7 +381,7 @@ def load_model(
     with readable(path, 'weights'):
         model, found = AutoModelForCausalLM.from_pretrained(path, dtype=kind, quantization_config=four if method == 'qlora' else None,
                                                             output_loading_info=True, **where)
-        if gone := sorted(found['missing_keys']): raise ValueError(f"{len(gone)} of its weights missing, such as {gone[0]}")
+        check_loaded(model, found)
     for m in model.modules():
         if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
     for w in model.parameters() if method == 'qlora' and not torch.cuda.is_available() else ():
