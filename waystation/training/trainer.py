@@ -656,7 +656,7 @@ def code_versions() -> dict[str, str]: # Package -> version, and 'commit' or 'ch
     elif came: found['commit'] = 'unknown: installed from a folder'
     return found
 
-# %% ../../nbs/training/14_trainer.ipynb #1dcb18d6
+# %% ../../nbs/training/14_trainer.ipynb #43c63ece
 NOTES = {'asset:banking': """
 What the figures do not say: a picker that counts shared words needs no model and does as well or better here, because a question repeats
 the words of its passage. So the claim is "learnt to answer and to cite", not "retrieves better". (The picker may say eight words, of
@@ -693,8 +693,8 @@ def how_to_load(
         return FROM_HUB.format(name=repository, commit=commit, kind=kind, more=more)
     where, _, short = name.partition(':')
     if where == 'asset':
-        made = ', '.join(f'{p.name} {p.version}' for p in ASSETS[short].packages)
-        said = (f"`{name}` ({WHICH.get(short, '')}{ASSETS[short].licence}), which waystation makes{f' from the package {made}' if made else ''}; this prints its folder:\n"
+        made = ''.join(f' from the package {p.name} {p.version}' for p in ASSETS[short].packages)
+        said = (f"`{name}` ({WHICH.get(short, '')}{ASSETS[short].licence}), which waystation makes{made}; this prints its folder:\n"
                 f'`python -c "from waystation.assets import fetch_asset; print(fetch_asset({short!r}))"`')
     elif found.seal: said = f'`{name}`, in the store of this run; this brings it into a folder:\n`waystation store fetch {found.seal} FOLDER`'
     else: said = f'a folder that was `{name}` on the machine of the training.\nOn another machine give the folder of a copy, of the same content.'
