@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -117,9 +118,41 @@ def test_the_encoder_that_is_sealed_is_the_tuned_one(go, model):
     assert (AutoModel.from_pretrained(model).eval()(ids).last_hidden_state - want).abs().max() > 1e-3, "and it is not the base"
 
 
-def card(report):
+def card(report, base):
     "The lines with which a model's card loads it."
-    return Path(report["adapter"], "README.md").read_text().split("## Load it\n```\n")[1].split("```")[0].replace("this folder", report["adapter"])
+    from test_leave import snippet
+
+    return snippet(Path(report["adapter"], "README.md").read_text(), report["adapter"], base)
+
+
+def test_a_packaged_base_is_named_as_it_is_anywhere(go):
+    from peft import AutoPeftModelForSequenceClassification as Auto
+    from test_leave import paths_in
+
+    from waystation.assets import fetch_asset
+    from waystation.runtime import cache
+
+    r = go(model="asset:kmer-random", max_steps=1, eval_steps=0)
+    folder = Path(r["adapter"])
+    assert json.loads((folder / "waystation.json").read_text())["base"] == "asset:kmer-random"
+    assert "fetch_asset('kmer-random')" in (folder / "README.md").read_text() and paths_in(folder, cache()) == ["adapter_config.json"]
+    exec(card(r, fetch_asset("kmer-random")), loaded := {})
+    here = Auto.from_pretrained(folder, num_labels=loaded["model"].config.num_labels)  # PEFT's own way, where the folder is
+    assert here.peft_config["default"].r == loaded["model"].peft_config["default"].r == 4
+
+
+def test_an_encoder_that_did_not_arrive_whole_is_refused(go, model, tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    weights = Path(shutil.copytree(model, tmp_path / "spoilt"), "model.safetensors")
+    kept = load_file(weights)
+    save_file({k: w for k, w in kept.items() if "layer.1.output.dense" not in k}, weights, metadata={"format": "pt"})
+    with pytest.raises(Refused, match=r"its weights cannot be read \(2 of its weights missing, such as bert.encoder.layer.1.output.dense.bias\)"):
+        go(model=str(tmp_path / "spoilt"))
+    weights.write_bytes(b"")
+    with pytest.raises(Refused, match="its weights cannot be read"):
+        go(model=str(tmp_path / "spoilt"))
+    assert Store(str(tmp_path / "store")).list() == []
 
 
 def test_one_flat_label_from_csv(go, model, tmp_path):
@@ -141,8 +174,7 @@ def test_one_flat_label_from_csv(go, model, tmp_path):
         m.setattr(classifier, "answers", spy)
         r = go(data=str(tmp_path / "intents.csv"), text="text", labels="intent", held_out="", learning_rate=0.02)
     assert r["levels"] == ["intent"] and "path" not in r["metrics"]["rows"]["tuned"] and "tuned_path" not in r["metrics"]["rows"]
-    assert model not in card(r), "asset:NAME or store:NAME would tell transformers nothing"
-    exec(card(r), shown := {})
+    exec(card(r, model), shown := {})
     found = shown["model"].eval()
     with torch.inference_mode():
         torch.testing.assert_close(found(**kept["batch"]).logits, kept["logits"], atol=1e-5, rtol=1e-4)
@@ -207,7 +239,7 @@ def test_features_beside_the_sequence(go, model, tmp_path):
     found = PeftModel.from_pretrained(base, r["adapter"]).eval()
     logits = found(torch.arange(3, 23)[None]).logits
     assert logits.shape == (1, sum(sizes))
-    exec(card(r), shown := {})
+    exec(card(r, model), shown := {})
     torch.testing.assert_close(shown["model"].eval()(torch.arange(3, 23)[None]).logits, logits)
 
 

@@ -159,17 +159,21 @@ def test_what_is_dropped_is_dropped_for_each_row(model, params):
 
 @pytest.mark.parametrize("chip, change, says", [
     ("v9", {}, "chip='v9' is not known; train runs on t4"),
-    ("v5e-1", {}, "is a TPU, and train does not run on one"),
+    ("v5e-1", {}, "is a TPU, and train does not run on one: there, Tunix .* and torch-xla"),
     ("t4", dict(task="grpo"), "task='grpo' is not estimated"),
     ("t4", dict(task="classify"), "task='classify' is not estimated"),
     ("t4", dict(model="asset:minilm", target_modules=""), "has no chat template"),
+    ("t4", dict(model="ADAPTER", target_modules=""), "is an adapter, which has no weights of its own"),
     ("t4", dict(method="full"), "method='full' is not known"),
     ("t4", dict(optimizer="sgd"), "optimizer='sgd' is not known"),
     ("cpu", dict(optimizer="paged_adamw_8bit"), "on a CPU"),
     ("t4", dict(target_modules="c_attn"), "this model has no c_attn"),
     ("t4", dict(data="", max_steps=0), "give max_steps, or data"),
 ])  # fmt: skip
-def test_refused(params, chip, change, says):
+def test_refused(params, chip, change, says, tmp_path):
+    if change.get("model") == "ADAPTER":
+        (tmp_path / "adapter_config.json").write_text("{}")
+        change = change | dict(model=str(tmp_path))
     with pytest.raises(Refused, match=says.replace("(", r"\(")):
         part.preflight(params | change, chip)
 

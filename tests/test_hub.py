@@ -224,17 +224,39 @@ def test_killed_in_mid_download(hub, tmp_path):
     assert {f.name: f.read_bytes() for f in found.path.iterdir()} == {k: v for k, v in FILES.items() if k != "pytorch_model.bin"}
 
 
+def test_an_adapter_finds_its_base_by_repository_and_commit(hub, tmp_path):
+    "One of ours, one of an older version that has no commit beside the name, and PEFT's files alone; the hub is gone."
+    from waystation.training.report import base_of
+    from waystation.training.trainer import name_base
+
+    found, here = resolve("o/m", "model"), {"base_model_name_or_path": "/tmp/vanished", "revision": None}
+    hub.server.shutdown()
+    hub.server.server_close()
+    for name, base in (("ours", found.lasting), ("old", "o/m"), ("peft", "")):
+        (folder := tmp_path / name).mkdir()
+        (folder / "adapter_config.json").write_text(json.dumps(here))
+        if base:
+            (folder / "waystation.json").write_text(json.dumps(dict(base=base, base_fingerprint=found.fingerprint)))
+        if name != "old":
+            name_base(folder, found)
+            said = json.loads((folder / "adapter_config.json").read_text())
+            assert (said["base_model_name_or_path"], said["revision"]) == ("o/m", COMMIT)
+        assert base_of(folder, None) == found.path and found.path.name == COMMIT
+
+
 @pytest.mark.slow
 def test_another_machine_goes_on_without_the_hub(hub, mount, tmp_path, monkeypatch, power_goes):
     "A run whose machine vanished is finished by one that never reached the hub; so is what reads the adapter's base."
+    from test_leave import alone, paths_in, snippet
     from test_train import rows, tiny_model
 
     from waystation.stations.train import train
+    from waystation.training.merge import merge
     from waystation.training.report import base_of
 
     monkeypatch.setenv("WAYSTATION_WANDB_MODE", "disabled")
     hub.files = {f.name: f.read_bytes() for f in Path(tiny_model(tmp_path / "model")).iterdir()}
-    few = dict(run="t", store=str(mount), model="o/m", data=rows(tmp_path / "rows.jsonl"), max_steps=4, batch_size=4, lora_r=2, seal_steps=2, eval_rows=2,
+    few = dict(run="t", store=str(mount), model="o/m", data=rows(mount / "rows.jsonl"), max_steps=4, batch_size=4, lora_r=2, seal_steps=2, eval_rows=2,
                max_length=128, warmup_steps=0, method="lora")  # fmt: skip
     power_goes(2, lambda: train(**few))
     assert sorted(hub.sent) == sorted(hub.files)
@@ -244,4 +266,12 @@ def test_another_machine_goes_on_without_the_hub(hub, mount, tmp_path, monkeypat
     r = train(**few)
     assert r["resumed_from"] == 2 and r["steps"] == 4
     store = Store(mount)
-    assert base_of(store.fetch(r["model"], tmp_path / "got"), store).is_relative_to(tmp_path / "b")
+    got = store.fetch(r["model"], tmp_path / "got")
+    assert base_of(got, store).is_relative_to(tmp_path / "b")
+    said, card = json.loads((got / "adapter_config.json").read_text()), (got / "README.md").read_text()
+    assert (said["base_model_name_or_path"], said["revision"]) == ("o/m", COMMIT), "though the checkpoints have the path of a"
+    assert json.loads((got / "waystation.json").read_text())["base"] == f"o/m@{COMMIT}" and "`o/m` on the Hugging Face hub" in card and COMMIT in card
+    merged = Path(merge("models/t/v1", str(mount))["folder"])
+    assert f"**o/m@{COMMIT}**" in (merged / "README.md").read_text()
+    assert paths_in(got, tmp_path) == paths_in(merged, tmp_path) == [], "rows lie elsewhere"
+    alone(snippet(card, got), tmp_path, HF_HUB_CACHE=str(tmp_path / "a" / "HF_HUB_CACHE"))

@@ -32,11 +32,22 @@ def store(trained, monkeypatch):
     return str(trained[0] / "store")
 
 
-def alone(code, tmp_path, *args, hidden=("waystation",), lines=1):
+def paths_in(folder, *roots):
+    "The files of a folder that speak of a place on this machine."
+    return [f.name for f in folder.iterdir() if f.suffix not in (".safetensors", ".gguf") and any(str(root) in f.read_text() for root in roots)]
+
+
+def snippet(card, folder, base=""):
+    "The program that a card tells its reader to run."
+    [code] = [x for x in card.partition("## Load it")[2].split("```")[1::2]]
+    return code.replace("this folder", str(folder)).replace("the folder of its base", str(base))
+
+
+def alone(code, tmp_path, *args, hidden=("waystation",), lines=1, **more):
     "What a program prints that cannot import waystation, finds no hub and no download of another day."
     (tmp_path / "empty").mkdir(exist_ok=True)
     env = {k: v for k, v in os.environ.items() if not k.startswith(("WAYSTATION", "HF_"))}
-    env |= {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    env |= {"HF_HOME": str(tmp_path / "empty"), "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"} | more
     head = f"import sys; sys.modules.update({{m: None for m in {hidden!r}}})\n"
     done = subprocess.run([sys.executable, "-c", head + code, *map(str, args)], env=env, cwd=tmp_path, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-3000:]
@@ -54,6 +65,29 @@ def test_the_sealed_folder_says_what_it_is(trained, store):
         assert said[key] == meta[key] and said[key], key
     assert said["params"]["lora_r"] == 4 and said["versions"]["waystation"] and said["frozen_weights"]["unchanged"] is True
     assert said["frozen_weights"]["sha256"] in (folder / "README.md").read_text()
+
+
+def test_a_base_in_the_store_is_named_by_its_seal(trained, tmp_path, monkeypatch):
+    "The ref that was given moves on; the adapter's base does not, and the card's own lines load the two."
+    from waystation.assets import resolve
+    from waystation.training.report import base_of
+
+    monkeypatch.setenv("WAYSTATION_CACHE", str(tmp_path / "cache"))
+    base, place = trained[0] / "model", Store(tmp_path / "store")
+    for n in (1, 2):
+        place.seal(base, f"models/base/v{n}", {"n": n})
+        place.refer("models/base/current", f"models/base/v{n}")
+        if n == 1:
+            r = train(run="t", store=place.url, model="store:models/base/current", data=str(trained[0] / "rows.jsonl"), max_steps=1, lora_r=2, max_length=128,
+                      warmup_steps=0, eval_rows=1, method="lora")  # fmt: skip
+    folder = Path(r["adapter"])
+    assert json.loads((folder / "waystation.json").read_text())["base"] == "store:models/base/v1"
+    assert base_of(folder, place) == resolve("store:models/base/v1", "model", place).path and paths_in(folder, tmp_path) == ["adapter_config.json"]
+    card = (folder / "README.md").read_text()
+    assert "waystation store fetch models/base/v1 FOLDER" in card
+    loaded = {}
+    exec(snippet(card, folder, place.fetch("models/base/v1", tmp_path / "fetched")), loaded)
+    assert loaded["model"].peft_config["default"].r == 2
 
 
 @pytest.mark.parametrize("part_of_it", ["weight", "absmax"])
@@ -117,7 +151,7 @@ def test_a_kill_anywhere_and_a_gate(trained, store, tmp_path, monkeypatch):
     tmp, _ = trained
     place, how = Store(store), dict(store=store, data=str(tmp / "rows.jsonl"), rows=2, restart=True)
     publish, asked, first = Job.publish, [], merge("models/t/v1", store)
-    monkeypatch.setattr(part, "_ask", lambda *a, real=part._ask: asked.append(a[2]) or real(*a))
+    monkeypatch.setattr(part, "_ask", lambda *a, real=part._ask: asked.append(a[3]) or real(*a))
     asked.clear()
     for last, wanted in ((None, ["qlora"]), ("adapter", ["qlora"]), ("v2", ["lora"])):
 
@@ -159,6 +193,8 @@ def test_what_cannot_be_merged(trained, store, monkeypatch, tmp_path):
             merge("models/t/v1", store)
     finally:
         data.write_text(kept)
+    with pytest.raises(Refused, match="is no name in a store; merge takes an adapter that train has sealed there"):
+        merge(trained[1]["adapter"], store)
     Store(store).seal(None, "models/other/v1", {})
     with pytest.raises(Refused, match="no adapter that train has sealed"):
         merge("store:models/other/v1", store)

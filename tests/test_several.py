@@ -1,12 +1,16 @@
 "Training in two processes by gloo: a model in parts (FSDP), labels, and marks; each killed in the middle, and beside one process where the mathematics is the same."
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
 import test_classify
+import yaml
+from conftest import ROOT
 from safetensors.torch import load_file
 from test_train import go, rows  # noqa: F401  the fixture
 from test_training_device import in_two_processes
@@ -60,6 +64,50 @@ def test_a_model_in_parts_learns_what_a_whole_one_does(cut, go, tmp_path, model)
     said, one = (json.loads(Path(r["adapter"], "waystation.json").read_text())["frozen_weights"] for r in (parts, alone))
     assert said == one and said["unchanged"], "the hash of all parts together"
     AutoPeftModelForCausalLM.from_pretrained(parts["adapter"])
+
+
+@pytest.mark.slow
+def test_on_two_machines(cut, go, tmp_path, model):  # noqa: F811
+    "Each has a disk of its own, and nothing in common but the store."
+    how = FEW | dict(run="machines", lora_dropout=0.0, eval_rows=3)
+    alone = go(**how | dict(run="alone"))
+    how |= dict(store=str(tmp_path / "store"), model=model, data=str(tmp_path / "rows.jsonl"))
+    two = cut(how, WAYSTATION_CACHE=f"{tmp_path}/disk-{{rank}}", LOCAL_RANK="0")
+    assert {f.name for f in tmp_path.glob("disk-*")} == {"disk-0", "disk-1"} and apart(two, alone) < 1e-6 and two["samples"] == alone["samples"]
+
+
+def launched(tmp_path, args, nodes=1, cards=1, rank=0, store="gs://bucket/w"):
+    "What recipes/launch/sky.yaml runs on a machine, by the shell that SkyPilot has; `waystation` and `accelerate` only say what they were given."
+    recipe = yaml.safe_load((ROOT / "recipes/launch/sky.yaml").read_text())
+    for name in ("waystation", "accelerate"):
+        (tmp_path / name).write_text(f'#!/bin/bash\nprintf "%s\\n" {name} "$@"\n')
+        (tmp_path / name).chmod(0o755)
+    (tmp_path / "run.sh").write_text(recipe["run"])
+    said = {k: str(v) for k, v in recipe["envs"].items()} | {"WAYSTATION_STORE": store, "ARGS": args, "RUN": "mine"}
+    said |= {f"SKYPILOT_{k}": str(v) for k, v in dict(NUM_NODES=nodes, NUM_GPUS_PER_NODE=cards, NODE_RANK=rank, NODE_IPS="10.0.0.1\n10.0.0.2").items()}
+    env = os.environ | said | {"PATH": f"{tmp_path}:{os.environ['PATH']}"}
+    done = subprocess.run(["bash", "--norc", "-i", "run.sh"], cwd=tmp_path, env=env, capture_output=True, text=True, start_new_session=True)
+    return done.returncode, done.stdout.splitlines(), done.stderr
+
+
+def test_what_skypilot_starts(tmp_path):
+    from accelerate.commands.launch import launch_command_parser
+    from accelerate.utils.launch import prepare_multi_gpu_env
+
+    train_it = ["waystation", "train", "--run", "mine", "--system", "Be brief.", "--data", "rows.jsonl"]
+    args = "--system 'Be brief.' --data rows.jsonl"
+    assert launched(tmp_path, args)[:2] == (0, train_it)
+    for nodes, cards, rank in ((1, 4, 0), (2, 1, 0), (2, 4, 1)):
+        code, said, _ = launched(tmp_path, args, nodes, cards, rank)
+        assert code == 0 and said[:2] == ["accelerate", "launch"]
+        how = launch_command_parser().parse_args(said[2:])
+        assert [how.training_script, *how.training_script_args] == train_it and how.no_python
+        env = prepare_multi_gpu_env(how)
+        assert (int(how.nproc_per_node), env["ACCELERATE_MIXED_PRECISION"]) == (cards, "no")
+        if nodes > 1:
+            assert (int(how.nnodes), int(how.node_rank), how.master_addr, int(how.master_port)) == (nodes, rank, "10.0.0.1", 29500)
+    code, said, why = launched(tmp_path, args, store="")
+    assert (code, said) == (2, []) and "WAYSTATION_STORE=gs://" in why, "and trains nothing on a disk that goes with the machine"
 
 
 @pytest.mark.slow

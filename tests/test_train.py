@@ -3,6 +3,8 @@
 import hashlib
 import json
 import os
+import re
+import shutil
 import signal
 from pathlib import Path
 
@@ -195,6 +197,52 @@ def test_refused_parameters(go, tmp_path, change, says):
 def test_refused_rows(go, tmp_path, change, says):
     with pytest.raises(Refused, match=says):
         go(data=rows(tmp_path / "bad.jsonl", **change))
+
+
+def spoil(folder, how):
+    "What an interrupted copy leaves of a model, or a config of another one."
+    from safetensors.torch import load_file, save_file
+
+    weights, config = folder / "model.safetensors", folder / "config.json"
+    if how == "none":
+        weights.unlink()
+    elif how == "cut":
+        weights.write_bytes(weights.read_bytes()[:-5000])
+    elif how == "gap":
+        save_file({k: w for k, w in load_file(weights).items() if "lm_head" not in k}, weights, metadata={"format": "pt"})
+    elif how == "other":
+        config.write_text(json.dumps(json.loads(config.read_text()) | {"intermediate_size": 64}))
+    else:
+        (folder / "tokenizer.json").unlink()
+
+
+@pytest.mark.parametrize("how, says", [("none", "its weights cannot be read .*no file named model.safetensors"), ("cut", "its weights cannot be read .*incomplete"),
+                                       ("gap", "1 of its weights missing, such as lm_head.weight"), ("other", "its weights cannot be read .*mismatched"),
+                                       ("tokenizer", "its tokenizer cannot be read")])  # fmt: skip
+def test_a_model_that_did_not_arrive_whole_is_refused(go, model, run, tmp_path, capsys, how, says):
+    "By everything that opens one; transformers itself would fill in at random what is missing."
+    spoil(folder := Path(shutil.copytree(model, tmp_path / "spoilt")), how)
+    for method in ("qlora", "lora") if how != "other" else ("lora",):  # packed weights have no shape of their own that would not fit
+        with pytest.raises(Refused, match=f"model='{folder}': .*{says}.*; give a folder"):
+            go(model=str(folder), method=method)
+    assert Store(str(tmp_path / "store")).list() == []
+    capsys.readouterr()  # what W&B says when it is imported
+    for command in (("chat", folder, "--once", "Who?"), ("evaluate", folder, tmp_path / "rows.jsonl", "--rows", 1)):
+        assert re.search(says, run(*command, "--store", tmp_path / "store", code=2))
+
+
+def test_an_adapter_is_no_model_to_train(go, tmp_path):
+    from peft import LoraConfig
+
+    for name, more, says in (("adapter", (), "merge it first, then give store:models/RUN-merged"), ("classifier", ("labels.json",), "store:models/RUN-encoder")):
+        LoraConfig(task_type="CAUSAL_LM").save_pretrained(tmp_path / name)
+        for file in more:
+            (tmp_path / name / file).write_text("{}")
+        place = Store(str(tmp_path / "store"))
+        place.seal(tmp_path / name, f"models/{name}/v1", {})
+        for how in ({}, dict(task="classify", labels="completion", text="prompt")):
+            with pytest.raises(Refused, match=f"model='store:models/{name}/v1' is an adapter, .*{says}"):
+                go(model=f"store:models/{name}/v1", **how)
 
 
 def test_rows_on_both_sides_are_refused(go, tmp_path):

@@ -50,6 +50,21 @@ def card(monkeypatch):
 HOW = dict(lora_dropout=0.0, eval_steps=0)
 
 
+@pytest.mark.parametrize("how", [{}, dict(task="grpo", rewards="length")])
+def test_processes_look_for_left_out_weights_where_there_are_some(go, monkeypatch, how):  # noqa: F811
+    seen = []
+    monkeypatch.setattr(trainer, "fit", lambda c, job: seen.append((c.trainer.args.ddp_find_unused_parameters, c.model)) or 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        go(max_steps=1, eval_rows=1, **how, **HOW)
+    [(asked, made)] = seen
+    assert asked is False
+    made.config.layerdrop = 0.1
+    assert trainer.leaves_out(made) is True
+    made.config.layerdrop = 0.0
+    made.base_model.model.experts = torch.nn.ModuleList([torch.nn.Linear(1, 1)])
+    assert trainer.leaves_out(made) is True
+
+
 def test_out_of_memory_takes_fewer_rows_at_once(go, tmp_path, card, power_goes, caplog):  # noqa: F811
     fewer = go(run="fewer", batch_size=4, grad_accum=2, **HOW)
     tried = card(4, since=3)
@@ -207,9 +222,9 @@ def test_a_scaled_loss_needs_its_scale(tmp_path):
 
 def one_of_two(rank, port, folder, how, dies, env):
     "A process that a launcher would have started; the main one dies right after the seal of checkpoint `dies`."
-    os.environ |= env
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
     os.environ |= {"WAYSTATION_WANDB_MODE": "disabled", "WAYSTATION_CACHE": f"{folder}/cache"}
+    os.environ |= {k: v.format(rank=rank) for k, v in env.items()}
     torch.set_num_threads(1)
     seal, end = recipe.Job.seal, SealCallback.on_train_end
 

@@ -223,7 +223,7 @@ def fetch_asset(
             if not folder.is_dir(): raise
     return folder
 
-# %% ../nbs/08_assets.ipynb #f33a1530
+# %% ../nbs/08_assets.ipynb #4b30b3f7
 @dataclass(frozen=True)
 class Located:
     "An input, found: where its files are on this machine, and what identifies their content."
@@ -231,9 +231,17 @@ class Located:
     path:Path         # A local file or folder; for rows that stay elsewhere there is none
     fingerprint:str   # Equal for equal content
     url:str=''        # Rows that stay where they are: a URL, a pattern, a hub id with its revision
+    seal:str=''       # The seal's own name, of which `value` may be a ref
 
     @property
     def rows(self) -> str|Path: return self.url or self.path  # What `Rows` opens
+
+    @property
+    def lasting(self) -> str: # owner/name@COMMIT, store:SEAL, asset:NAME, or an absolute path
+        "What another machine finds the same content by, as far as anything does."
+        if self.fingerprint.startswith('hub:'): return self.fingerprint.removeprefix('hub:')
+        if self.seal: return f'store:{self.seal}'
+        return self.value if self.value.startswith('asset:') else os.path.abspath(os.path.expanduser(self.value))
 
 # %% ../nbs/08_assets.ipynb #bda0471f
 def sealed_home(
@@ -361,7 +369,7 @@ def keep_base(
         if ref != seal: store.refer(ref, seal)
     except (Refused, OSError) as e: log.warning('%s is not kept in the store, so another machine will download it again: %s', found.value, redact(str(e)))
 
-# %% ../nbs/08_assets.ipynb #43c672b4
+# %% ../nbs/08_assets.ipynb #69c520da
 def resolve(
     value:str,           # A path, 'store:NAME', 'asset:NAME' or a hub id, of a model also with @ and a revision
     role:str,            # 'model', 'data', 'eval_data', 'source', 'metadata' or 'questions'
@@ -375,7 +383,8 @@ def resolve(
         if ASSETS[name].roles and not file: raise Refused(f"{role}={value!r}: this asset has {', '.join(r for r, _ in ASSETS[name].roles)}, but no {role}")
         return Located(value, folder/file if file else folder, f'{ASSETS[name].fingerprint}/{role if file else ""}')
     if kind == 'store' and store is not None:
-        return Located(value, local_copy(store, name), store.read(name).content)
+        seal = store.read(name)
+        return Located(value, local_copy(store, seal.name), seal.content, seal=seal.name)
     if role == 'source' and is_elsewhere(value): return Located(value, Path(value), of_rows(find_files(value)), value)
     path = Path(value).expanduser()
     if path.exists(): return Located(value, path.resolve(), of_rows(find_files(path)) if role == 'source' else fingerprint(path))

@@ -7,7 +7,7 @@ __all__ = ['TOKENS', 'CARD', 'encoder_parts', 'load_classifier', 'collate', 'Sor
            'answers', 'examine_classifier', 'gate_figures', 'gate_names', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #f81d11ff
+# %% ../../nbs/training/15_classifier.ipynb #f45dc008
 import json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from waystation.training.trainer import (  # first: it quietens what peft says when it is imported
-    UNCHANGED, Course, SameOrder, arguments, check_frozen, check_numbers, code_versions, decide, fit, held_loss, keep_lint, publish_model,
-    quiet, targets, told,
+    UNCHANGED, Course, SameOrder, arguments, check_frozen, check_loaded, check_numbers, check_whole, code_versions, decide, fit, held_loss, how_to_load, keep_lint,
+    name_base, publish_model, quiet, readable, targets, told,
 )
 
 import numpy as np
@@ -56,7 +56,7 @@ def encoder_parts(
     pooler = ['pooler'] if getattr(model.base_model, 'pooler', None) is not None else []
     return [*sorted({n.split('.')[-1] for n in inner}), TOKENS], config.max_position_embeddings - first, ['classifier', *pooler]
 
-# %% ../../nbs/training/15_classifier.ipynb #ff3d986a
+# %% ../../nbs/training/15_classifier.ipynb #42e3077e
 def load_classifier(
     path:str|Path,        # A model folder
     labels:Labels,
@@ -67,7 +67,9 @@ def load_classifier(
     _, _, whole = encoder_parts(path)
     transformers.set_seed(p['seed'])  # heads and LoRA begin at random
     config = AutoConfig.from_pretrained(path, num_labels=sum(labels.sizes), hidden_dropout_prob=0., attention_probs_dropout_prob=0.)
-    model = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32)
+    with readable(path, 'weights'):
+        model, found = AutoModelForSequenceClassification.from_pretrained(path, config=config, dtype=torch.float32, output_loading_info=True)
+        check_loaded(model, found, (*whole, 'contact_head'))  # which ESM has for contacts between residues
     if beside: model.branch, whole = Branch(2*len(beside.columns), sum(labels.sizes)), [*whole, 'branch']
     return get_peft_model(model, LoraConfig(r=p['lora_r'], lora_alpha=p['lora_alpha'], lora_dropout=p['lora_dropout'], task_type='SEQ_CLS',
                                             target_modules=rf'.*\.(encoder\..*|embeddings)\.({"|".join(targets(p))})', modules_to_save=whole))
@@ -139,7 +141,7 @@ def _config(p:dict[str,Any], work:Path, total:int, how:Plan) -> TrainingArgument
         label_names=['labels'], remove_unused_columns=False,
         ddp_find_unused_parameters=False))  # DDP would look in the text's graph alone, which `branch` is not in
 
-# %% ../../nbs/training/15_classifier.ipynb #ac36ac6a
+# %% ../../nbs/training/15_classifier.ipynb #e03434c6
 def _parameters(job:Any) -> tuple[list[str], int]: # Of the encoder: layers that LoRA can adapt, and positions
     "Complete the parameters by what the encoder is made of."
     p = job.params
@@ -147,6 +149,7 @@ def _parameters(job:Any) -> tuple[list[str], int]: # Of the encoder: layers that
         if not p[key]: raise Refused(f"{key}='' names nothing; task='classify' needs a model (an encoder, such as asset:minilm), data and labels (columns)")
     if p['method'] not in ('', 'lora'): raise Refused(f"method={p['method']!r}: task='classify' has 'lora' alone; leave method out")
     quiet()
+    check_whole(job.inputs['model'])
     linear, positions, _ = encoder_parts(job.inputs['model'].path)
     job.params = p | dict(method='lora', target_modules=p['target_modules'] or ','.join(x for x in linear if x != TOKENS))
     return linear, positions
@@ -285,7 +288,7 @@ def baselines(c:Lesson) -> dict[str,dict[str,Any]]: # Set -> who -> figures
         out[name] = {'majority': score_levels(truth, np.tile(majority(known), (len(rows), 1)), c.labels), 'neighbour': score_levels(truth, near, c.labels)}
     return out
 
-# %% ../../nbs/training/15_classifier.ipynb #40faae0e
+# %% ../../nbs/training/15_classifier.ipynb #b9622317
 CARD = """---
 library_name: peft
 tags: [lora, text-classification, waystation]
@@ -300,12 +303,8 @@ A LoRA adapter (r={lora_r}, alpha={lora_alpha}) with heads for {levels} on **{mo
 Held-out loss {before} before, {after} after. One seed ({seed}). A row counts where its rank is known and occurs in the training rows{new}.
 
 ## Load it
-```
-from peft import AutoPeftModelForSequenceClassification
-model = AutoPeftModelForSequenceClassification.from_pretrained("this folder", num_labels={outputs})
-```
-`{model}` was read from `{path}` (`base_model_name_or_path` in adapter_config.json). {unchanged}
-Output i is class i of `labels.json`, whose levels stand side by side.
+{load}
+{unchanged} Output i is class i of `labels.json`, whose levels stand side by side.
 """
 
 def tables(
@@ -349,7 +348,7 @@ def save_encoder(
              for i, (path, kind) in enumerate([('', 'Transformer'), ('1_Pooling', 'Pooling')])]
     (to/'modules.json').write_text(json.dumps(parts), encoding='utf-8')
 
-# %% ../../nbs/training/15_classifier.ipynb #b19e7a55
+# %% ../../nbs/training/15_classifier.ipynb #7d5c9d47
 def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # model, encoder, adapter_sha256, labels_sha256
     "Seal adapter and encoder."
     p, path = job.params, job.inputs['model'].path
@@ -357,6 +356,7 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     name, encoder, frozen = f'{base}/v{job.attempt}', f'{base}-encoder/v{job.attempt}', check_frozen(c)
     for folder in (job.work/'adapter', job.work/'encoder'): shutil.rmtree(folder, ignore_errors=True)
     c.model.save_pretrained(job.work/'adapter')
+    name_base(job.work/'adapter', job.inputs['model'])
     _beside(path, job.work/'adapter')
     c.labels.save(job.work/'adapter/labels.json')
     if c.beside: c.beside.save(job.work/'adapter/features.json')
@@ -367,11 +367,13 @@ def seal_classifier(c:Lesson, job:Any, facts:dict[str,Any]) -> dict[str,str]: # 
     new = '; '.join(f'of {name}, {said} do not' for name, said in never_seen(facts['sets']).items())
     (job.work/'adapter/README.md').write_text(CARD.format(**{
         **p, 'name': name, 'levels': ', '.join(c.labels.levels), 'total': facts.get('best_step', c.total), 'n_train': len(c.rows),
-        'precision': c.precision, 'note': note, 'path': path,
+        'precision': c.precision, 'note': note,
         'tables': tables(facts['metrics'], list(c.labels.levels), c.labels.sizes), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
-        'new': f' ({new})' if new else '', 'outputs': sum(c.labels.sizes), 'unchanged': UNCHANGED.format(**frozen)}), encoding='utf-8')
+        'new': f' ({new})' if new else '', 'load': how_to_load(job.inputs['model'], 'SequenceClassification', f', num_labels={sum(c.labels.sizes)}'),
+        'unchanged': UNCHANGED.format(**frozen)}), encoding='utf-8')
     add_to_card(c.lint, job.work/'adapter')
-    about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
+    about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': job.inputs['model'].lasting,
+             'base_fingerprint': job.inputs['model'].fingerprint, 'data': p['data'],
              'data_fingerprint': job.inputs['data'].fingerprint, 'precision': c.precision, 'levels': c.labels.levels, 'params': told(job),
              'steps': facts.get('best_step', c.total), 'rows': len(c.rows), 'eval_loss': facts['eval_loss'], 'metrics': facts['metrics'],
              'frozen_weights': frozen, 'versions': code_versions()}

@@ -7,7 +7,7 @@ __all__ = ['FOUR_BITS', 'ADAMW', 'ADAMW_8BIT', 'HOLES', 'MAPPED', 'WORKSPACE', '
            'standing', 'Shape', 'Way', 'batches', 'in_heap', 'Ledger', 'walk', 'passing', 'memory', 'preflight',
            'report']
 
-# %% ../../nbs/training/18_fit.ipynb #8394dfb2
+# %% ../../nbs/training/18_fit.ipynb #71b07406
 import gc, sys, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # first: it quietens what peft says when it is imported
-from .trainer import METHODS, PIECE, adapter, autocasts, check_numbers, linear_modules, quiet, shares, train_in_float32
+from .trainer import METHODS, PIECE, adapter, autocasts, check_numbers, check_whole, linear_modules, quiet, shares, train_in_float32
 
 import numpy as np
 import psutil
@@ -35,7 +35,7 @@ from ..recipe import locate
 from ..runtime import Device, Refused, devices, host_memory, prices, settings
 from ..store import Store
 from .chat import Coded, code_rows
-from .device import Plan, plan, recomputing
+from .device import ON_TPU, Plan, plan, recomputing
 from .flat import arrange, collate, lay_flat, pieces
 from .lint import find_rows, refuse, set_aside, steps_of
 
@@ -244,12 +244,12 @@ def memory(
     found = dict(workspace=WORKSPACE) if gpu else dict(python_and_libraries=libraries/2**30)
     return found | {k: v/2**30 for k, v in parts.items()}, loading/2**30, count, calls
 
-# %% ../../nbs/training/18_fit.ipynb #77dacba6
+# %% ../../nbs/training/18_fit.ipynb #551b62cc
 def _check(p:dict[str,Any], chip:str, utilisation:float, session_hours:float) -> Slice:
     "Refuse what is wrong with the arguments alone."
     able = [s.name for s in SLICES.values() if not s.topology]
     if chip not in SLICES: raise Refused(f"chip={chip!r} is not known; train runs on {', '.join(able)}")
-    if chip not in able: raise Refused(f"chip={chip!r} is a TPU, and train does not run on one; take one of {', '.join(able)}")
+    if chip not in able: raise Refused(f"chip={chip!r} is a TPU, and train does not run on one: {ON_TPU}. Take one of {', '.join(able)}")
     if p['task'] != 'sft': raise Refused(f"task={p['task']!r} is not estimated, only 'sft' is; a run of a few steps on the machine at hand shows its peak")
     if not p['model']: raise Refused("model='' names nothing; preflight needs one: a folder with config.json, store:NAME, a hub id or asset:NAME")
     if p['method'] not in METHODS: raise Refused(f"method={p['method']!r} is not known; there are {', '.join(METHODS)}")
@@ -273,7 +273,7 @@ def _rows(p:dict[str,Any], path:Path, place:Any, way:Way) -> tuple[Shape,float,i
     train, _ = set_aside(p, train)
     return *batches(code_rows(train, tokenizer), p, way), steps_of(p, len(train))
 
-# %% ../../nbs/training/18_fit.ipynb #89f51184
+# %% ../../nbs/training/18_fit.ipynb #b8d5d5f1
 def preflight(
     p:dict[str,Any],           # Parameters of `train`
     chip:str='cpu',            # A slice that is no TPU
@@ -285,7 +285,9 @@ def preflight(
     slice = _check(p, chip, utilisation, session_hours)
     named = any(p[k].startswith('store:') for k in ('model', 'data', 'eval_data'))
     place:Any = Store(p['store'] or settings()['store']) if named else None  # opening a folder would make it
-    path = resolve(p['model'], 'model', place).path
+    found_model = resolve(p['model'], 'model', place)
+    check_whole(found_model)
+    path = found_model.path
     quiet()
     linear, positions = linear_modules(path)
     p |= dict(target_modules=p['target_modules'] or ','.join(linear))

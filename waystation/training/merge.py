@@ -6,13 +6,13 @@
 __all__ = ['CARD', 'NOTE', 'KINDS', 'save_merged', 'sealed_adapter', 'check_rows', 'held_rows', 'converter', 'check_gguf',
            'write_gguf', 'merge']
 
-# %% ../../nbs/training/18_merge.ipynb #7894c0ec
+# %% ../../nbs/training/18_merge.ipynb #52662529
 import json, os, shutil, subprocess, sys
 from pathlib import Path
 from typing import Any
 
 from .report import base_of, language, open_model, report_table  # first: it quietens what peft says when it is imported
-from .trainer import _rows, code_versions, encode, publish_model, quiet
+from .trainer import _rows, code_versions, encode, publish_model, quiet, readable
 
 import torch
 from peft import PeftModel
@@ -22,12 +22,12 @@ from ..assets import resolve
 from ..gates import check_names, read_gates
 from ..recipe import begin, station_parameters
 from ..runtime import Refused, settings
-from ..seal import Seal
+from ..seal import Seal, is_name
 from ..store import Store
 from .chat import code_rows, usual_names
 from .evaluate import score, wilson
 
-# %% ../../nbs/training/18_merge.ipynb #1930b5cf
+# %% ../../nbs/training/18_merge.ipynb #e24bf6b9
 def save_merged(
     adapter: Path,      # Its folder
     base: Path,         # The folder of its base
@@ -37,19 +37,22 @@ def save_merged(
     config = AutoConfig.from_pretrained(base)
     if getattr(config, 'quantization_config', None):
         raise Refused(f'the base in {base} is itself kept in few bits, so there are no whole weights to add the adapter to; use the adapter as it is')
-    whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    with readable(base, 'weights'): whole = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
     kind = config.dtype or torch.float32
     PeftModel.from_pretrained(whole, adapter).merge_and_unload(safe_merge=True).to(kind).save_pretrained(to)
     AutoTokenizer.from_pretrained(adapter).save_pretrained(to)
     return str(kind).removeprefix('torch.')
 
-# %% ../../nbs/training/18_merge.ipynb #7b9dd5b6
+# %% ../../nbs/training/18_merge.ipynb #ce731a80
 def sealed_adapter(
     store: Store,
     model: str,   # 'store:models/NAME/current', or without 'store:'
 ) -> Seal:
     "The seal of a language model's adapter that `train` made."
-    seal = store.read(model.removeprefix('store:'))
+    if not is_name(name := model.removeprefix('store:')):
+        raise Refused(f"model={model!r} is no name in a store; merge takes an adapter that train has sealed there, for the seal says what it was trained on: give "
+                      "its name, such as store:models/RUN/current")
+    seal = store.read(name)
     if 'labels.json' in seal.files:
         raise Refused(f"model={model!r} is a classifier; train has sealed its encoder with the adapter merged in: {seal.name.rsplit('/', 1)[0]}-encoder")
     if 'adapter_config.json' not in seal.files or 'params' not in seal.meta:

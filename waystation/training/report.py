@@ -7,18 +7,18 @@ __all__ = ['REFUSAL', 'ALONE', 'sentences', 'cited_text', 'overlap', 'known_pair
            'mark_all', 'ratio', 'row_losses', 'language', 'made_of', 'base_of', 'open_model', 'report_answers',
            'some_classes', 'report_levels', 'report_table']
 
-# %% ../../nbs/training/16_report.ipynb #9a5488a5
+# %% ../../nbs/training/16_report.ipynb #fb9c34a6
 import json, math, re, time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from .trainer import encode, linear_modules, load_model, quiet  # first: it quietens what peft says when it is imported
+from .trainer import encode, linear_modules, load_model, load_tokenizer, quiet, readable  # first: it quietens what peft says when it is imported
 
 import numpy as np
 import torch
 from peft import PeftModel
-from transformers import AutoModelForSequenceClassification, AutoTokenizer
+from transformers import AutoModelForSequenceClassification
 
 from ..assets import resolve
 from ..monitor import progress
@@ -208,7 +208,7 @@ def language(
     return outputs, {'loss': loss, 'perplexity': {k: v if k == 'n' else round(math.exp(min(v, 700)), 4) for k, v in loss.items()},
                      'seconds an answer': ratio(alone, [1]*len(alone)), 'tokens a second': {'value': round(tokens/took, 1), 'n': len(rows)}}
 
-# %% ../../nbs/training/16_report.ipynb #c9bc2c6b
+# %% ../../nbs/training/16_report.ipynb #843d915d
 def made_of(folder: Path) -> dict[str, Any]: # {} when something else wrote the folder
     "What waystation wrote into a model's folder when it made it."
     file = folder/'waystation.json'
@@ -220,8 +220,10 @@ def base_of(
 ) -> Path | None:       # None for a whole model
     "Where the base of an adapter is."
     if not (folder/'adapter_config.json').is_file(): return None
-    made = made_of(folder)
-    named = made.get('base') or json.loads((folder/'adapter_config.json').read_text(encoding='utf-8')).get('base_model_name_or_path') or ''
+    made, config = made_of(folder), json.loads((folder/'adapter_config.json').read_text(encoding='utf-8'))
+    named, commit = made.get('base') or config.get('base_model_name_or_path') or '', config.get('revision')
+    if made.get('base_fingerprint', '').startswith('hub:'): named = made['base_fingerprint'].removeprefix('hub:')  # `base` of an older version has no commit
+    elif not made and commit and not Path(named).exists(): named = f'{named}@{commit}'
     found = resolve(named, 'model', store)
     if made.get('base_fingerprint', found.fingerprint) != found.fingerprint:
         raise Refused(f'the adapter in {folder} was trained on {named!r} with another content than what is there now; bring that base back')
@@ -235,10 +237,10 @@ def open_model(
 ) -> tuple[Any, Any]:     # The model, with its adapter on if there is one, and its tokenizer
     "Load a model to be asked."
     linear_modules(base or folder)  # what is no language model is refused
-    tokenizer = AutoTokenizer.from_pretrained(folder if any(folder.glob('tokenizer*')) or not base else base)
+    tokenizer = load_tokenizer(folder if any(folder.glob('tokenizer*')) or not base else base)
     method = method or (base and made_of(folder).get('params', {}).get('method')) or 'lora'
     model = load_model(base or folder, method, precision(store=store.url if store else '')[0]).eval()
-    return PeftModel.from_pretrained(model, folder).eval() if base else model, tokenizer
+    with readable(folder, 'weights'): return PeftModel.from_pretrained(model, folder).eval() if base else model, tokenizer
 
 # %% ../../nbs/training/16_report.ipynb #d8f5c3c5
 def report_answers(
@@ -290,7 +292,7 @@ def some_classes(
 def _by_figure(m: dict[str, Any]) -> dict[str, dict[str, Any]]: # 'accuracy genus', … of what `score_levels` said
     return {f'{k} {level}': x for k in ('accuracy', 'macro_f1', 'calibration') for level, x in m[k].items()} | {k: m[k] for k in m if k == 'path'}
 
-# %% ../../nbs/training/16_report.ipynb #6540ea78
+# %% ../../nbs/training/16_report.ipynb #3c54de16
 def report_levels(
     folder: Path,           # An adapter with labels.json
     source: str | Path,     # Rows, as `embed` reads them
@@ -315,7 +317,7 @@ def report_levels(
     data = [{'input_ids': tokenizer.wrap(ids[:room]).tolist()} for ids, _, _ in tokenizer.encode([r['text'] for r in rows])]
     torch.manual_seed(0)  # the base's heads are random
     bar, metrics = progress(2*len(rows), 'evaluate'), {}
-    model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=sum(labels.sizes), dtype=torch.float32)
+    with readable(path, 'weights'): model = AutoModelForSequenceClassification.from_pretrained(path, num_labels=sum(labels.sizes), dtype=torch.float32)
     for who in ('base', 'tuned'):
         if who == 'tuned':
             if beside:

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['REWARDS', 'said', 'exact', 'form', 'length', 'read_rewards', 'Learner', 'check_answers', 'reinforce']
 
-# %% ../../nbs/training/17_rewards.ipynb #ee7436ed
+# %% ../../nbs/training/17_rewards.ipynb #78ec5812
 import importlib, re
 from collections.abc import Callable
 from typing import Any
@@ -18,7 +18,7 @@ from trl import GRPOConfig, GRPOTrainer
 from ..questions import stands_in
 from ..runtime import Refused
 from .device import one_card
-from .trainer import Course, arguments, train_in_float32
+from .trainer import Course, arguments, leaves_out, train_in_float32
 
 # %% ../../nbs/training/17_rewards.ipynb #9444d869
 def said(completion:Any) -> str: # A message list, or plain text
@@ -84,7 +84,7 @@ class Learner(GRPOTrainer):
         self.control = self.callback_handler.on_evaluate(self.args, self.state, self.control, found)
         return found
 
-# %% ../../nbs/training/17_rewards.ipynb #f772f017
+# %% ../../nbs/training/17_rewards.ipynb #64a6a697
 def check_answers(
     p:dict[str,Any], # Parameters of `train`
 ) -> None:
@@ -105,7 +105,7 @@ def reinforce(
     rows = [dict(prompt=r['prompt'], expected=r['completion'][0]['content'], **({'answer': r['answer']} if 'answer' in r else {})) for r in c.rows]
     how = one_card(GRPOConfig(
         **arguments(p, job.work, c.total, c.plan), per_device_eval_batch_size=p['generations'], num_generations=p['generations'],
-        max_completion_length=c.max_new, temperature=1., beta=0., reward_weights=weights))
+        max_completion_length=c.max_new, temperature=1., beta=0., reward_weights=weights, ddp_find_unused_parameters=leaves_out(c.model)))
     transformers.set_seed(p['seed'])
     data = Dataset.from_list(rows)  # Trainer wants rows to evaluate on; `evaluate` has its own
     learner = Learner(c.model, reward_funcs=functions, args=how, train_dataset=data, eval_dataset=data, processing_class=c.tokenizer)
