@@ -117,7 +117,7 @@ def test_a_kill_anywhere_and_a_gate(trained, store, tmp_path, monkeypatch):
     tmp, _ = trained
     place, how = Store(store), dict(store=store, data=str(tmp / "rows.jsonl"), rows=2, restart=True)
     publish, asked, first = Job.publish, [], merge("models/t/v1", store)
-    monkeypatch.setattr(part, "_ask", lambda *a, real=part._ask: asked.append(a[2]) or real(*a))
+    monkeypatch.setattr(part, "_ask", lambda *a, real=part._ask: asked.append(a[3]) or real(*a))
     asked.clear()
     for last, wanted in ((None, ["qlora"]), ("adapter", ["qlora"]), ("v2", ["lora"])):
 

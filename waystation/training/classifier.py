@@ -7,7 +7,7 @@ __all__ = ['TOKENS', 'CARD', 'encoder_parts', 'load_classifier', 'collate', 'Sor
            'answers', 'examine_classifier', 'gate_figures', 'gate_names', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #49e23004
+# %% ../../nbs/training/15_classifier.ipynb #1f7c89d9
 import json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from waystation.training.trainer import (  # first: it quietens what peft says when it is imported
-    UNCHANGED, Course, SameOrder, arguments, check_frozen, check_numbers, code_versions, decide, fit, held_loss, keep_lint, publish_model,
+    UNCHANGED, Course, SameOrder, arguments, check_frozen, check_numbers, code_versions, decide, fit, held_loss, keep_lint, layers, publish_model,
     quiet, targets, told,
 )
 
@@ -138,7 +138,7 @@ def _config(p:dict[str,Any], work:Path, total:int, how:Plan) -> TrainingArgument
         label_names=['labels'], remove_unused_columns=False,
         ddp_find_unused_parameters=False))  # DDP would look in the text's graph alone, which `branch` is not in
 
-# %% ../../nbs/training/15_classifier.ipynb #ac36ac6a
+# %% ../../nbs/training/15_classifier.ipynb #fe3de6a7
 def _parameters(job:Any) -> tuple[list[str], int]: # Of the encoder: layers that LoRA can adapt, and positions
     "Complete the parameters by what the encoder is made of."
     p = job.params
@@ -147,7 +147,7 @@ def _parameters(job:Any) -> tuple[list[str], int]: # Of the encoder: layers that
     if p['method'] not in ('', 'lora'): raise Refused(f"method={p['method']!r}: task='classify' has 'lora' alone; leave method out")
     quiet()
     linear, positions, _ = encoder_parts(job.inputs['model'].path)
-    job.params = p | dict(method='lora', target_modules=p['target_modules'] or ','.join(x for x in linear if x != TOKENS))
+    job.params = p | dict(method='lora', target_modules=layers(p, [x for x in linear if x != TOKENS]))
     return linear, positions
 
 def _read(job:Any) -> tuple[list[dict[str,str]], list[dict[str,str]], dict[str,list[dict[str,str]]], dict[str,list[str]], int, dict[str,float]]:

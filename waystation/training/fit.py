@@ -6,7 +6,7 @@
 __all__ = ['FOUR_BITS', 'ADAMW', 'ADAMW_8BIT', 'HOLES', 'MAPPED', 'WORKSPACE', 'FIRST_USE', 'ASSUMED', 'skeleton', 'standing',
            'Shape', 'Way', 'batches', 'in_heap', 'Ledger', 'walk', 'passing', 'memory', 'preflight', 'report']
 
-# %% ../../nbs/training/18_fit.ipynb #8394dfb2
+# %% ../../nbs/training/18_fit.ipynb #85f0f723
 import gc, sys, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 # first: it quietens what peft says when it is imported
-from .trainer import METHODS, PIECE, adapter, autocasts, check_numbers, linear_modules, quiet, shares, train_in_float32
+from .trainer import METHODS, PIECE, adapter, autocasts, check_numbers, layers, linear_modules, quiet, shares, train_in_float32
 
 import numpy as np
 import psutil
@@ -270,7 +270,7 @@ def _rows(p:dict[str,Any], path:Path, place:Any, way:Way) -> tuple[Shape,float,i
     train, _ = set_aside(p, train)
     return *batches(code_rows(train, tokenizer), p, way), steps_of(p, len(train))
 
-# %% ../../nbs/training/18_fit.ipynb #136ac5b6
+# %% ../../nbs/training/18_fit.ipynb #cb1bf109
 def preflight(
     p:dict[str,Any],           # Parameters of `train`
     chip:str='cpu',            # A slice that is no TPU
@@ -285,7 +285,7 @@ def preflight(
     path = resolve(p['model'], 'model', place).path
     quiet()
     linear, positions = linear_modules(path)
-    p |= dict(target_modules=p['target_modules'] or ','.join(linear))
+    p |= dict(target_modules=layers(p, linear))
     check_numbers(p, linear, positions)
     gpu = bool(slice.chip)
     how = plan(p, Device('gpu', slice.chip, 1, slice.memory_gb) if gpu else devices()[-1], several=1)
