@@ -27,7 +27,7 @@ from .store import Names, Store
 
 log = logging.getLogger('waystation')
 
-# %% ../nbs/09_recipe.ipynb #32cbaf08
+# %% ../nbs/09_recipe.ipynb #9b13052e
 # Parameters that say how a step is run, not what it computes.
 HOW = ('run', 'store', 'step', 'restart', 'update', 'take_over', 'cache', 'device', 'tensor', 'workers', 'seal_steps', 'seal_minutes', 'keep_last', 'keep_best',
        'to', 'fat32', 'with_model', 'gates', 'gradient_checkpointing')
@@ -67,7 +67,7 @@ def code_of(
     found = {}
     for name in (part.partition('=')[0].strip() for part in rewards.split(',') if ':' in part):
         try: file = Path(importlib.util.find_spec(name.partition(':')[0]).origin)  # type: ignore[union-attr,arg-type]
-        except (ImportError, ValueError, AttributeError, TypeError): continue  # the station says that it cannot be imported, or it is a notebook's own
+        except Exception: continue  # a package around it may raise anything: the station says so; and what stands in a notebook has no file
         if file.is_file(): found[f'{name} (source)'] = hashlib.sha256(file.read_bytes()).hexdigest()
     return found
 

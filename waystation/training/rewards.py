@@ -6,7 +6,7 @@
 __all__ = ['REWARDS', 'said', 'exact', 'form', 'length', 'told_plainly', 'read_rewards', 'asked', 'marker', 'Learner',
            'check_answers', 'reinforce']
 
-# %% ../../nbs/training/17_rewards.ipynb #1bd2a087
+# %% ../../nbs/training/17_rewards.ipynb #5b10b841
 import asyncio, functools, importlib, inspect, re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -19,11 +19,11 @@ from transformers import PrinterCallback, TrainerState
 from trl import GRPOConfig, GRPOTrainer
 
 from ..questions import stands_in
-from ..runtime import Refused
+from ..runtime import Interrupted, Refused
 from .device import one_card
 from .trainer import Course, arguments, train_in_float32
 
-# %% ../../nbs/training/17_rewards.ipynb #9444d869
+# %% ../../nbs/training/17_rewards.ipynb #256fb602
 def said(completion:Any) -> str: # A message list, or plain text
     "The text of an answer, without spaces that mean nothing."
     return ' '.join((completion if isinstance(completion, str) else completion[0]['content']).split())
@@ -31,12 +31,12 @@ def said(completion:Any) -> str: # A message list, or plain text
 def exact(
     completions:list,    # Answers
     expected:list[str],  # What the rows' completions say
-    answer:list[str]|None=None, # The part of it that must stand in the answer, where rows have such a column
+    answer:list[str|None]|None=None, # The part of it that must stand in the answer, of rows that have such a column
     **columns,
 ) -> list[float]:        # 1 or 0
     "Whether the answer is right: has the row's `answer`, or is the completion, whole."
-    if answer is None: return [float(said(c) == said(e)) for c, e in zip(completions, expected, strict=True)]
-    return [float(stands_in(a, said(c))) for c, a in zip(completions, answer, strict=True)]
+    asked = zip(completions, expected, answer or [None]*len(expected), strict=True)
+    return [float(said(c) == said(e) if a is None else stands_in(a, said(c))) for c, e, a in asked]
 
 def _shape(text:str) -> str: return re.sub(r'[^\W\d_]+', 'a', re.sub(r'\d+', '0', said(text)))
 
@@ -51,7 +51,7 @@ def length(completions:list, expected:list[str], **columns) -> list[float]: # Fr
 
 REWARDS:dict[str,Callable[...,list[float]]] = {'exact': exact, 'format': form, 'length': length}
 
-# %% ../../nbs/training/17_rewards.ipynb #d99c6d2d
+# %% ../../nbs/training/17_rewards.ipynb #98524e75
 def told_plainly(
     name:str,                 # As `rewards` has it
     f:Callable[...,Any],      # The function, or a coroutine function
@@ -65,6 +65,7 @@ def told_plainly(
             if inspect.iscoroutine(found): found = ThreadPoolExecutor(1).submit(asyncio.run, found).result()  # a notebook has a loop of its own here
             if isinstance(found, str): raise TypeError('it returned a text')
             found = [None if m is None else float(m) for m in found]
+        except Interrupted: raise
         except Exception as e:
             raise Refused(f'{said} failed with {type(e).__name__}: {e}; it is given completions=[…] and the columns of the rows, all by name, and returns '
                           'a list with a number or None for each answer') from e
@@ -93,12 +94,13 @@ def read_rewards(
     if not found: raise Refused(f"rewards={text!r} names nothing; task='grpo' needs marks to learn from: {', '.join(REWARDS)}, or module:function")
     return found, weights
 
-# %% ../../nbs/training/17_rewards.ipynb #891cf2df
+# %% ../../nbs/training/17_rewards.ipynb #c38d02e8
 def asked(
     rows:list[dict], # Normalised
 ) -> list[dict]:
     "What reward functions get to see of rows."
-    return [dict(prompt=r['prompt'], expected=r['completion'][0]['content'], **({'answer': r['answer']} if 'answer' in r else {})) for r in rows]
+    more = any('answer' in r for r in rows)
+    return [dict(prompt=r['prompt'], expected=r['completion'][0]['content'], **({'answer': r.get('answer')} if more else {})) for r in rows]
 
 def marker(
     rewards:str, # As the parameter

@@ -263,7 +263,7 @@ class Teller(SealCallback):
         try: super().__exit__(*exc)
         finally: self.told()
 
-# %% ../../nbs/training/14_trainer.ipynb #a5088985
+# %% ../../nbs/training/14_trainer.ipynb #4022d148
 class Keeper(Teller):
     "A teller that stops a run that has gone wrong."
     def __init__(self, *args: Any):
@@ -279,7 +279,8 @@ class Keeper(Teller):
     def on_log(self, args, state, control, logs=None, **kw):
         loss, reward = (logs or {}).get('loss'), (logs or {}).get('reward', 0.)
         if reward is None or not math.isfinite(reward):  # TRL logs None for NaN
-            self.stop(f"reward is {'nan' if reward is None else reward} at step {state.global_step}", 'a step needs an answer that gets a number as its mark: mend the functions of rewards')
+            self.stop(f"reward is {'nan' if reward is None else reward} at step {state.global_step}",
+                      'a step needs an answer that gets a number as its mark: mend the functions of rewards')
         if loss is not None and not math.isfinite(loss): self.stop(f"loss is {loss} at step {state.global_step}")
         if loss is not None and self.diverging(loss):
             self.monitor.alert('diverging', f"the loss is {loss:.4g} at step {state.global_step}, and has been above {self.diverging.times:g} times its "
