@@ -114,6 +114,8 @@ def test_the_held_out_reward_is_a_figure_and_gates_model_and_merged_model(go, tm
     assert failed["error"] == "gate failed" and err.count("reward >= 999: failed with") == 1, "told once"
     assert r["figures"]["reward"] == dict(value=r["eval_reward"]["after"], n=3)
     assert r["eval_reward"] == {who: pytest.approx(sum(len(x[who]) for x in r["samples"]) / 3, abs=1e-5) for who in ("before", "after")}
+    card = Store(go.few["store"]).fetch("models/g/v1", tmp_path / "v1") / "README.md"
+    assert f"(mymarks:f, exact=0): {r['eval_reward']['before']} before, {r['eval_reward']['after']} after." in card.read_text()
     assert dict(headline(r))["held-out reward"] == f"{r['eval_reward']['before']:.3f} before, {r['eval_reward']['after']:.3f} after, n=3"
     assert int((tmp_path / "mymarks.py.sizes").read_text()) == 60 > 2 * len("It is 39!<>")
 

