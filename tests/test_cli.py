@@ -139,4 +139,11 @@ def test_help_of_a_station_names_every_parameter(cli):
 
     for station in ("setup", "train", "embed", "export"):
         said = cli(station, "--help")
+        if station == "train":
+            assert "--task {sft,grpo,classify}" in said and said.index("with --task grpo:") < said.index("--generations INT     answers to each")
         assert all("--" + k.replace("_", "-") in said for k in station_parameters(station))
+
+
+def test_help_says_percent_once(cli):
+    said = cli("evaluate", "--help")
+    assert "95% interval" in " ".join(said.split()) and "%%" not in said + cli("--help")

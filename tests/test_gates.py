@@ -86,7 +86,8 @@ def test_a_kill_around_the_report(few, untrained, monkeypatch):
 
 def test_refused_before_training(few, untrained, tmp_path):
     untrained()
-    for gates, says in (("exact", "'exact' is not a demand"), ("exact > 1", "is not a demand"), ("citation >= 0.9", "its figures are exact, eval_loss")):
+    for gates, says in (("exact", "'exact' is not a demand"), ("exact > 1", "is not a demand"), ("citation >= 0.9", "its figures are exact, eval_loss"),
+                        ("exact >= 90", "between 0 and 1; write 90% as 0.9")):  # fmt: skip
         with pytest.raises(Refused, match=says):
             train(**few | dict(gates=gates))
     assert Store(few["store"]).list() == []
@@ -118,6 +119,7 @@ def test_the_command_ends_with_4(few, capsys):
     assert main(["train", *args, "--gates", "exact >= 0.9", "--json"]) == 4
     said = json.loads(capsys.readouterr().out)
     assert (said["error"], said["exit"]) == ("gate failed", 4) and "exact >= 0.9: failed with 0 of n=3" in said["message"]
+    assert said["report"]["figures"]["exact"]["n"] == 3 and not said["report"]["gates"][0]["passed"]
     assert main(["show", "t", "--store", few["store"]]) == 0
     assert "exact >= 0.9: failed with 0 of n=3" in capsys.readouterr().out
 

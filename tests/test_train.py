@@ -103,6 +103,10 @@ def test_methods_by_name(go, method, flag):
     assert any("magnitude" in n for n in names) == (method == "dora")
 
 
+def test_auto_is_all_linear_layers(go, monkeypatch):
+    assert go(target_modules="auto", max_steps=1, eval_steps=0)["params"]["target_modules"] == "down_proj,gate_proj,k_proj,o_proj,q_proj,up_proj,v_proj"
+
+
 @pytest.mark.parametrize("stop_at", [2, 4, 6])
 def test_a_kill_changes_nothing(go, tmp_path, power_goes, stop_at):
     how = dict(lora_dropout=0.0 if stop_at == 4 else 0.1)  # without dropout, rows have their beginning in common
@@ -177,6 +181,11 @@ def test_messages_and_parquet_train_alike(go, tmp_path):
         ({"max_length": 513}, "beyond the model's 512 positions"),
         ({"max_length": 20}, "their completion would be lost"),
         ({"batch_size": 0}, "batch_size=0"),
+        ({"learning_rate": float("nan")}, "learning_rate=nan is no number"),
+        ({"learning_rate": float("inf")}, "learning_rate=inf is no number"),
+        ({"seed": -1}, "seed=-1 must be from 0 to 4294967295"),
+        ({"max_new": -1}, "max_new=-1 must not be below 0"),
+        ({"labels": "intent"}, "labels='intent' is of task='classify' and would do nothing in task='sft'"),
     ],
 )
 def test_refused_parameters(go, tmp_path, change, says):

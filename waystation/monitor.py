@@ -224,7 +224,7 @@ class Curves:
         for row in rows: self._held.setdefault(row['step'], {}).update((k, v) for k, v in row.items() if isinstance(v, int | float) and k != 'step')
         self.sealed(step)
 
-# %% ../nbs/08_monitor.ipynb #c73c98b8
+# %% ../nbs/08_monitor.ipynb #afb3833b
 class Monitor(Curves):
     "Metrics and alerts of one job."
     def __init__(self,
@@ -256,7 +256,8 @@ class Monitor(Curves):
         text:str,  # What happened, for a person
     ) -> None:
         "Tell those who are not looking."
-        log.log(logging.INFO if LEVELS[event] == 'INFO' else logging.WARNING, '%s: %s', event, text)
+        if event not in ('nan', 'gate failed'):  # these end the step with an error that says the same
+            log.log(logging.INFO if LEVELS[event] == 'INFO' else logging.WARNING, '%s: %s', event, text)
         announce(self.id, event, text, self.run)
 
     def __enter__(self) -> 'Monitor': return self

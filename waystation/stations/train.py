@@ -12,7 +12,7 @@ from ..gates import read_gates
 from ..recipe import begin
 from ..runtime import is_main
 
-# %% ../../nbs/stations/2_train.ipynb #dc1e4b4d
+# %% ../../nbs/stations/2_train.ipynb #ba71a934
 def train(
     run:str='demo',        # Name of the run; the same name goes on
     store:str='',          # Where results are kept: a folder; '' for the one in the settings
@@ -33,6 +33,7 @@ def train(
     feature_weight:float=.5, # classify: weight of the loss of what the features say alone
     rewards:str='exact',   # grpo: what marks an answer: exact, format, length or module:function, with weights as in exact, format=0.2
     generations:int=4,     # grpo: answers to each prompt, which are compared with each other
+    max_new:int=0,         # Tokens that an answer may have, in the examination and for grpo in training; 0 for twice the longest completion
     method:str='',         # 'qlora' (frozen weights in 4 bits), 'lora', 'rslora' or 'dora'; '' for qlora, and lora for classify
     epochs:int=1,          # Times through the rows, when max_steps is 0
     max_steps:int=50,      # Optimizer steps; 0 to go by epochs
@@ -41,7 +42,7 @@ def train(
     lora_r:int=16,         # Rank of the adapter
     lora_alpha:int=32,     # Its scale is lora_alpha/lora_r
     lora_dropout:float=0., # Share of the adapter's inputs that is dropped
-    target_modules:str='', # Linear modules to adapt, by name, with commas; '' for all that attention and feed-forward layers have
+    target_modules:str='', # Linear modules to adapt, by name, with commas; '' or 'auto' for all that attention and feed-forward layers have
     batch_size:int=8,      # Rows at once; fewer, with more batches a step, when memory runs out
     grad_accum:int=1,      # Batches before an optimizer step
     max_length:int=512,    # Tokens a row may have
@@ -69,12 +70,13 @@ def train(
             return classify(job, read_tokenizer)
         from waystation.training.room import EXAMINED, fit_in, one_sentence
         from waystation.training.trainer import check_frozen, conclude, examine, fit, prepare
+        marks = None
         if task == 'grpo':
             from waystation.training.rewards import check_answers, reinforce
-            check_answers(params)
+            marks = check_answers(params)
         def make():
-            course = prepare(job)  # refuses what cannot work
-            return reinforce(course, job) if task == 'grpo' else course
+            course = prepare(job, marks)  # refuses what cannot work
+            return reinforce(course, job) if marks else course
         course, before, fitted = fit_in(make, examine, fit, job)
         with one_sentence(*EXAMINED): after = examine(course)
         if not is_main():

@@ -7,7 +7,7 @@ __all__ = ['TOKENS', 'CARD', 'encoder_parts', 'load_classifier', 'collate', 'Sor
            'answers', 'examine_classifier', 'gate_figures', 'gate_names', 'baselines', 'tables', 'save_encoder',
            'seal_classifier', 'classify']
 
-# %% ../../nbs/training/15_classifier.ipynb #f45dc008
+# %% ../../nbs/training/15_classifier.ipynb #2ca296c0
 import json, shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -16,7 +16,7 @@ from typing import Any
 
 from waystation.training.trainer import (  # first: it quietens what peft says when it is imported
     UNCHANGED, Course, SameOrder, arguments, check_frozen, check_loaded, check_numbers, check_whole, code_versions, decide, fit, held_loss, how_to_load, keep_lint,
-    name_base, publish_model, quiet, readable, targets, told,
+    layers, name_base, publish_model, quiet, readable, targets, told,
 )
 
 import numpy as np
@@ -141,7 +141,7 @@ def _config(p:dict[str,Any], work:Path, total:int, how:Plan) -> TrainingArgument
         label_names=['labels'], remove_unused_columns=False,
         ddp_find_unused_parameters=False))  # DDP would look in the text's graph alone, which `branch` is not in
 
-# %% ../../nbs/training/15_classifier.ipynb #e03434c6
+# %% ../../nbs/training/15_classifier.ipynb #bfe70a66
 def _parameters(job:Any) -> tuple[list[str], int]: # Of the encoder: layers that LoRA can adapt, and positions
     "Complete the parameters by what the encoder is made of."
     p = job.params
@@ -151,7 +151,7 @@ def _parameters(job:Any) -> tuple[list[str], int]: # Of the encoder: layers that
     quiet()
     check_whole(job.inputs['model'])
     linear, positions, _ = encoder_parts(job.inputs['model'].path)
-    job.params = p | dict(method='lora', target_modules=p['target_modules'] or ','.join(x for x in linear if x != TOKENS))
+    job.params = p | dict(method='lora', target_modules=layers(p, [x for x in linear if x != TOKENS]))
     return linear, positions
 
 def _read(job:Any) -> tuple[list[dict[str,str]], list[dict[str,str]], dict[str,list[dict[str,str]]], dict[str,list[str]], int, dict[str,float]]:

@@ -7,7 +7,7 @@ __all__ = ['FOUR_BITS', 'ADAMW', 'ADAMW_8BIT', 'HOLES', 'MAPPED', 'WORKSPACE', '
            'standing', 'Shape', 'Way', 'batches', 'in_heap', 'Ledger', 'walk', 'passing', 'memory', 'preflight',
            'report']
 
-# %% ../../nbs/training/18_fit.ipynb #71b07406
+# %% ../../nbs/training/18_fit.ipynb #1cecfb98
 import gc, sys, weakref
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 # first: it quietens what peft says when it is imported
-from .trainer import METHODS, PIECE, adapter, autocasts, check_numbers, check_whole, linear_modules, quiet, shares, train_in_float32
+from .trainer import METHODS, PIECE, adapter, autocasts, check_numbers, check_whole, layers, linear_modules, quiet, shares, train_in_float32
 
 import numpy as np
 import psutil
@@ -273,7 +273,7 @@ def _rows(p:dict[str,Any], path:Path, place:Any, way:Way) -> tuple[Shape,float,i
     train, _ = set_aside(p, train)
     return *batches(code_rows(train, tokenizer), p, way), steps_of(p, len(train))
 
-# %% ../../nbs/training/18_fit.ipynb #b8d5d5f1
+# %% ../../nbs/training/18_fit.ipynb #7329996f
 def preflight(
     p:dict[str,Any],           # Parameters of `train`
     chip:str='cpu',            # A slice that is no TPU
@@ -290,7 +290,7 @@ def preflight(
     path = found_model.path
     quiet()
     linear, positions = linear_modules(path)
-    p |= dict(target_modules=p['target_modules'] or ','.join(linear))
+    p |= dict(target_modules=layers(p, linear))
     check_numbers(p, linear, positions)
     gpu = bool(slice.chip)
     how = plan(p, Device('gpu', slice.chip, 1, slice.memory_gb) if gpu else devices()[-1], several=1)

@@ -4,18 +4,18 @@
 
 # %% auto #0
 __all__ = ['log', 'PIECE', 'METHODS', 'CARD', 'UNCHANGED', 'NOTES', 'WHICH', 'FROM_HUB', 'FROM_FOLDER', 'linear_modules',
-           'check_whole', 'readable', 'check_loaded', 'load_tokenizer', 'targets', 'check_numbers', 'encode', 'ByEpoch',
-           'SameOrder', 'shares', 'Scored', 'row_losses', 'token_mean', 'autocasts', 'own_weights', 'Tuner', 'Teller',
-           'Keeper', 'Course', 'frozen_hash', 'check_frozen', 'load_model', 'quiet', 'adapter', 'train_in_float32',
-           'leaves_out', 'arguments', 'decide', 'prepare', 'keep_lint', 'held_loss', 'examine', 'best_step', 'spent',
-           'Chooser', 'told', 'fit', 'code_versions', 'how_to_load', 'name_base', 'publish_model', 'seal_model',
-           'conclude']
+           'check_whole', 'readable', 'check_loaded', 'load_tokenizer', 'targets', 'layers', 'check_numbers',
+           'check_room', 'encode', 'ByEpoch', 'SameOrder', 'shares', 'Scored', 'row_losses', 'token_mean', 'autocasts',
+           'own_weights', 'Tuner', 'Teller', 'Keeper', 'Course', 'frozen_hash', 'check_frozen', 'load_model', 'quiet',
+           'adapter', 'train_in_float32', 'leaves_out', 'arguments', 'decide', 'prepare', 'keep_lint', 'held_loss',
+           'examine', 'best_step', 'spent', 'Chooser', 'told', 'fit', 'code_versions', 'how_to_load', 'name_base',
+           'publish_model', 'seal_model', 'conclude']
 
-# %% ../../nbs/training/14_trainer.ipynb #4d562873
+# %% ../../nbs/training/14_trainer.ipynb #f1d46bdf
 import hashlib, json, logging, math, os, shutil, sys, time, warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from importlib.metadata import distribution, version
 from pathlib import Path
 from typing import Any
@@ -100,25 +100,40 @@ def load_tokenizer(path: str | Path) -> Any: # A model folder
     "The tokenizer of a model."
     with readable(path, 'tokenizer'): return AutoTokenizer.from_pretrained(path)
 
-# %% ../../nbs/training/14_trainer.ipynb #44831a36
+# %% ../../nbs/training/14_trainer.ipynb #b94f29ce
 def targets(p: dict) -> list[str]: # Of the parameters of `train`
     "The layers that LoRA goes onto, by name."
     return [t.strip() for t in p['target_modules'].split(',') if t.strip()]
 
+def layers(p: dict, linear: list[str]) -> str: # As `target_modules` says it
+    "The layers that are named, or all of these."
+    return ','.join(linear) if p['target_modules'] in ('', 'auto') else p['target_modules']
+
 def check_numbers(p: dict, linear: list[str], positions: int):
     "Refuse parameters that would fail late, or never do what they say."
     wanted = targets(p)
+    if endless := [k for k, v in p.items() if isinstance(v, float) and not math.isfinite(v)]:
+        raise Refused(f'{endless[0]}={p[endless[0]]} is no number to compute with; give a finite one')
+    if not 0 <= p['seed'] < 2**32: raise Refused(f"seed={p['seed']} must be from 0 to {2**32 - 1}, which is what the libraries take")
     if missing := [t for t in wanted if t not in linear]:
         raise Refused(f"target_modules: this model has no {', '.join(missing)}; its linear modules are {', '.join(linear)}")
     if not wanted: raise Refused(f"target_modules={p['target_modules']!r} names nothing to adapt; this model has {', '.join(linear)}")
     if p['max_length'] > positions: raise Refused(f"max_length={p['max_length']} is beyond the model's {positions} positions; give at most {positions}")
     for key in ('lora_r', 'lora_alpha', 'learning_rate', 'max_length'):
         if p[key] <= 0: raise Refused(f'{key}={p[key]} must be above 0')
-    for key in ('warmup_steps', 'max_steps', 'eval_steps', 'seal_steps', 'seal_minutes', 'eval_rows', 'lora_dropout', 'epochs', 'keep_last', 'keep_best'):
+    for key in ('warmup_steps', 'max_steps', 'max_new', 'eval_steps', 'seal_steps', 'seal_minutes', 'eval_rows', 'lora_dropout', 'epochs', 'keep_last', 'keep_best'):
         if p[key] < 0: raise Refused(f'{key}={p[key]} must not be below 0')
     if p['keep_best'] and not p['eval_steps']:
         raise Refused(f"keep_best={p['keep_best']} goes by the held-out loss, which eval_steps=0 never takes during training; give eval_steps, or keep_last")
     if p['lora_dropout'] >= 1: raise Refused(f"lora_dropout={p['lora_dropout']} must be below 1: it is the share that is dropped")
+
+# %% ../../nbs/training/14_trainer.ipynb #9dfabebd
+def check_room(p: dict, coded: list[Coded], positions: int):
+    "Refuse answers that would go on beyond the model's positions."
+    longest = max(len(''.join(map(str, c.mask)).rstrip('0').rstrip('1')) for c in coded)  # up to the last answer
+    if longest + p['max_new'] > positions:
+        raise Refused(f"max_new={p['max_new']} with the longest question of {longest} tokens is more than the model's {positions} positions; "
+                      f"give at most {positions - longest}")
 
 # %% ../../nbs/training/14_trainer.ipynb #0b32b610
 def encode(
@@ -288,21 +303,24 @@ class Teller(SealCallback):
         try: super().__exit__(*exc)
         finally: self.told()
 
-# %% ../../nbs/training/14_trainer.ipynb #33d676f6
+# %% ../../nbs/training/14_trainer.ipynb #4022d148
 class Keeper(Teller):
     "A teller that stops a run that has gone wrong."
     def __init__(self, *args: Any):
         super().__init__(*args)
         self.diverging = Diverging()
 
-    def stop(self, what):
+    def stop(self, what, way_out='lower learning_rate, or look at the data'):
         "Tell whoever is not looking, and end the run before anything of this step is sealed."
-        text = f"{what} with learning_rate={self.p['learning_rate']}; nothing of this step was sealed: lower learning_rate, or look at the data"
+        text = f"{what} with learning_rate={self.p['learning_rate']}; nothing of this step was sealed: {way_out}"
         self.monitor.alert('nan', text)
         raise Refused(text)
 
     def on_log(self, args, state, control, logs=None, **kw):
-        loss = (logs or {}).get('loss')
+        loss, reward = (logs or {}).get('loss'), (logs or {}).get('reward', 0.)
+        if reward is None or not math.isfinite(reward):  # TRL logs None for NaN
+            self.stop(f"reward is {'nan' if reward is None else reward} at step {state.global_step}",
+                      'a step needs an answer that gets a number as its mark: mend the functions of rewards')
         if loss is not None and not math.isfinite(loss): self.stop(f"loss is {loss} at step {state.global_step}")
         if loss is not None and self.diverging(loss):
             self.monitor.alert('diverging', f"the loss is {loss:.4g} at step {state.global_step}, and has been above {self.diverging.times:g} times its "
@@ -314,7 +332,7 @@ class Keeper(Teller):
         if not all(torch.isfinite(w).all() for w in weights): self.stop(f"the adapter's weights are not finite after step {step}")
         return super().seal(folder, step, meta)
 
-# %% ../../nbs/training/14_trainer.ipynb #b14db56a
+# %% ../../nbs/training/14_trainer.ipynb #20b7aa63
 @dataclass
 class Course:
     "One training run, ready to begin: everything was read and checked."
@@ -333,6 +351,7 @@ class Course:
     exam: Any            # Held-out rows as the trainer takes them
     n_watch: int         # Rows that were set aside to stop by; 0 when nobody asked
     plan: Plan           # How the device is used
+    marks: Any = field(default=None, kw_only=True) # grpo: the mean mark of rows' answers, and of how many
 
     def __post_init__(self): self.frozen = frozen_hash(self.model)  # before the first step
 
@@ -367,7 +386,7 @@ def _rows(job: Any) -> tuple[list[dict], dict[str, list[dict]]]: # Training rows
     refuse(wrong)
     return train, held
 
-# %% ../../nbs/training/14_trainer.ipynb #83d0c791
+# %% ../../nbs/training/14_trainer.ipynb #069dd861
 def load_model(
     path: str | Path,  # A model folder
     method: str,       # One of METHODS; QLoRA alone has the frozen weights in four bits
@@ -380,11 +399,12 @@ def load_model(
     where:dict[str, Any] = {'device_map': {'': int(os.environ.get('LOCAL_RANK', 0))}} if torch.cuda.is_available() else {}  # each process its own card
     if sharded: where = {'distributed_config': DistributedConfig(fsdp_size=processes())}
     with readable(path, 'weights'):
-        model, found = AutoModelForCausalLM.from_pretrained(path, dtype=kind, quantization_config=four if method == 'qlora' else None,
-                                                            output_loading_info=True, **where)
-        check_loaded(model, found)
+        loaded:Any = AutoModelForCausalLM.from_pretrained(path, dtype=kind, quantization_config=four if method == 'qlora' else None,
+                                                          output_loading_info=True, **where)
+        check_loaded(*loaded)
+    model = loaded[0]
     for m in model.modules():
-        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        if hasattr(m, 'support_avx512bf16_for_cpu'): m.support_avx512bf16_for_cpu = False
     for w in model.parameters() if method == 'qlora' and not torch.cuda.is_available() else ():
         if w.is_floating_point(): w.data = w.data.clone()  # else the few that are not packed keep the file of all weights in memory
     model.get_output_embeddings().register_forward_pre_hook(lambda _, args: (args[0].contiguous(), *args[1:]))
@@ -443,7 +463,7 @@ def decide(job: Any) -> Plan: # With what an earlier try has found out
     return replace(how, precision=kind, tf32=how.tf32 and kind != 'float32',  # an older version chose otherwise here
                    why=how.why | {'precision': f'this run began in {kind}, and goes on so'})
 
-# %% ../../nbs/training/14_trainer.ipynb #72b42409
+# %% ../../nbs/training/14_trainer.ipynb #ada1a917
 def _parameters(job: Any) -> tuple[list[str], int]: # Of the model: names of its linear layers, and positions
     "Complete the parameters by what the model is made of."
     p = job.params
@@ -452,7 +472,7 @@ def _parameters(job: Any) -> tuple[list[str], int]: # Of the model: names of its
     quiet()
     check_whole(job.inputs['model'])
     linear, positions = linear_modules(job.inputs['model'].path)
-    job.params = p | dict(method=p['method'] or 'qlora', target_modules=p['target_modules'] or ','.join(linear))
+    job.params = p | dict(method=p['method'] or 'qlora', target_modules=layers(p, linear))
     if job.params['method'] not in METHODS: raise Refused(f"method={p['method']!r} is not known; there are {', '.join(METHODS)}")
     return linear, positions
 
@@ -478,15 +498,16 @@ def _load(job: Any, total: int, how: Plan, data: Dataset, asked: dict[str, Datas
     train_in_float32(model)
     return model, trainer
 
-# %% ../../nbs/training/14_trainer.ipynb #79f40c85
+# %% ../../nbs/training/14_trainer.ipynb #584a7eaf
 def prepare(
     job: Any,  # An open job of the station `train`
+    marks: Any = None, # grpo: says of rows, their answers and a tokenizer the mean mark, and of how many answers
 ) -> Course:
     "Read, check, load: after this, only the machine can stop the run."
     linear, positions = _parameters(job)
     p, (train, sets) = job.params, _rows(job)
     held = [r for rows in sets.values() for r in rows][:p['eval_rows'] or None]
-    check_names(read_gates(p['gates']), [*score(held, ['']*len(held)), 'eval_loss'])
+    check_names(read_gates(p['gates']), [*score(held, ['']*len(held)), 'eval_loss', *(['reward'] if marks else [])])
     train, watch = set_aside(p, train)
     total = steps_of(p, len(train))
     check_numbers(p, linear, positions)
@@ -494,7 +515,9 @@ def prepare(
     coded, coded_held, found = _coded(job, train, held, sets, tokenizer)
     (data, cut), (exam, cut_held) = encode(coded, p['max_length']), encode(coded_held, p['max_length'])
     answers = (len(run) for x in exam for run in ''.join(map(str, x['completion_mask'])).split('0'))  # a row of messages has several
-    max_new = 2*max(answers)  # room for a model that says the same in more words
+    max_new = p['max_new'] or 2*max(answers)  # room for a model that says the same in more words
+    if p['max_new']: check_room(p, [*coded, *coded_held], positions)
+    if marks: marks(train[:2], [r['completion'][0]['content'] for r in train[:2]], tokenizer)  # what it cannot do, it cannot do after an hour either
     transformers.set_seed(p['seed'])  # the adapter's first weights are random
     asked = {'exam': exam} | ({'watch': encode(code_rows(watch, tokenizer), p['max_length'])[0]} if watch else {})
     model, trainer = _load(job, total, how, data, asked, tokenizer)
@@ -502,7 +525,7 @@ def prepare(
     trainer.eval_dataset = ready['watch' if watch else 'exam']
     bar = progress(total*p['batch_size']*p['grad_accum'] + 2*len(held), 'train')
     return Course(trainer, model, tokenizer, held, train, total, cut + cut_held, max_new, how.precision, how.why['precision'], bar, keep_lint(job, found),
-                  ready['exam'], len(watch), how)
+                  ready['exam'], len(watch), how, marks=marks)
 
 # %% ../../nbs/training/14_trainer.ipynb #8d415fa8
 def keep_lint(job: Any, found: dict) -> dict: # As it was sealed
@@ -511,19 +534,20 @@ def keep_lint(job: Any, found: dict) -> dict: # As it was sealed
     if found['findings']: log.warning('lint: %s', summary(found))
     return job.note('lint', found)
 
-# %% ../../nbs/training/14_trainer.ipynb #316a112d
+# %% ../../nbs/training/14_trainer.ipynb #10b6f78a
 def held_loss(c: Course) -> float:
     "The loss on the held-out rows, of the model as it is now."
     if c.n_watch: return c.trainer.evaluate(c.exam, metric_key_prefix='test')['test_loss']  # under its own name: nobody stops by it
     known = [x['eval_loss'] for x in c.trainer.state.log_history if x['step'] == c.total and 'eval_loss' in x]
     return known[-1] if known else c.trainer.evaluate()['eval_loss']
 
-def examine(c: Course) -> dict:  # eval_loss, metrics, outputs
+def examine(c: Course) -> dict:  # eval_loss, metrics, outputs; grpo: reward, as a gate's figure
     "Held-out loss, answers and marks of the model as it is now."
     loss = held_loss(c)  # puts the model into the precision that it trains in, before it answers
     if not (is_main() or c.plan.sharded): return {'eval_loss': loss}  # nobody asks it for answers; it waits in the next step that all take together
     outputs = generate_answers(c.model, c.tokenizer, c.held, max_new=c.max_new, tick=c.bar.update)
-    return {'eval_loss': round(loss, 6), 'metrics': score(c.held, outputs), 'outputs': outputs}
+    found = {'eval_loss': round(loss, 6), 'metrics': score(c.held, outputs), 'outputs': outputs}
+    return found | ({'reward': c.marks(c.held, outputs, c.tokenizer)} if c.marks else {})
 
 # %% ../../nbs/training/14_trainer.ipynb #d9802d7d
 def best_step(
@@ -710,7 +734,12 @@ def name_base(
     said = json.loads(file.read_text(encoding='utf-8')) | {'base_model_name_or_path': name, 'revision': commit or None}
     file.write_text(json.dumps(said, indent=2, sort_keys=True), encoding='utf-8')
 
-# %% ../../nbs/training/14_trainer.ipynb #3c5d734d
+# %% ../../nbs/training/14_trainer.ipynb #2000bce0
+def _reward_note(p: dict, facts: dict) -> str:
+    "How answers were marked, for the card of a model that learnt from marks."
+    m = facts.get('eval_reward')
+    return f"\nMean mark of these answers ({p['rewards']}): {m['before']} before, {m['after']} after.\n" if m else ''
+
 def _system_note(c: Course) -> str:
     "What the model was told before each question, for its card."
     said, hidden = one_system(c.rows), hidden_system(c.tokenizer)
@@ -734,7 +763,7 @@ def publish_model(
                       'choose another run or step name')
     return seal
 
-# %% ../../nbs/training/14_trainer.ipynb #9b5ba84d
+# %% ../../nbs/training/14_trainer.ipynb #b020b2ac
 def seal_model(
     c: Course,
     job: Any,          # An open job
@@ -751,7 +780,7 @@ def seal_model(
     (folder/'README.md').write_text(CARD.format(**{
         **p, 'name': name, 'total': facts.get('best_step', c.total), 'n_train': len(c.rows), 'precision': c.precision, 'n': len(c.held), 'max_new': c.max_new,
         'table': metrics_table(m), 'before': facts['eval_loss']['before'], 'after': facts['eval_loss']['after'],
-        'notes': NOTES.get(p['data'], '') + _system_note(c), 'load': how_to_load(job.inputs['model']),
+        'notes': _reward_note(p, facts) + NOTES.get(p['data'], '') + _system_note(c), 'load': how_to_load(job.inputs['model']),
         'unchanged': UNCHANGED.format(**frozen)}), encoding='utf-8')
     add_to_card(c.lint, folder)
     about = {'run': job.run, 'step': job.step, 'attempt': job.attempt, 'base': job.inputs['model'].lasting, 'base_fingerprint': job.inputs['model'].fingerprint,
@@ -764,7 +793,7 @@ def seal_model(
             'device': torch.cuda.get_device_name(0) if torch.cuda.is_available() else _cpu_name()}
     return name, publish_model(job, folder, name, about | more).files['adapter_model.safetensors']
 
-# %% ../../nbs/training/14_trainer.ipynb #21985ce4
+# %% ../../nbs/training/14_trainer.ipynb #4e2066eb
 def conclude(
     c: Course,
     job: Any,      # An open job
@@ -783,6 +812,9 @@ def conclude(
              'samples': [dict(zip(('question', 'expected', 'before', 'after'), x, strict=True))
                          for x in zip(asked, expected, before['outputs'], after['outputs'], strict=True)][:5],
              'precision': c.precision, 'why': c.why}
+    if 'reward' in after:
+        facts['figures']['reward'] = after['reward']
+        facts['eval_reward'] = {'before': before.get('reward', {}).get('value'), 'after': after['reward']['value']}  # an older version's baseline has none
     c.bar.close()
     model, adapter = seal_model(c, job, facts)
     return {**facts, 'model': model, 'adapter_sha256': adapter['sha256'], 'adapter_mb': round(adapter['size']/1e6, 2)}
