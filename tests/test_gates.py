@@ -6,7 +6,7 @@ import nbformat
 import pytest
 from test_train import rows
 
-from waystation.cli import main
+from waystation.cli import _headline_train, main
 from waystation.recipe import Job, load_recipe, run_recipe
 from waystation.runtime import GateFailed, Refused
 from waystation.stations.train import train
@@ -144,6 +144,7 @@ def test_early_stop_takes_the_best_checkpoint_and_a_kill_changes_nothing(few, tm
     assert whole["best_step"] == best and whole["steps"] == best + 3 * 2 < 20, whole["evals"]
     store = Store(few["store"])
     sealed = store.read(f"runs/whole/train/1/checkpoints/{best}").files["adapter_model.safetensors"]["sha256"]
+    assert _headline_train(whole)[0][1] == f"{whole['steps']}, the best one {whole['best_step']} by {whole['n_validation']} validation rows"
     assert sealed == whole["adapter_sha256"] and whole["n_validation"] + whole["n_train"] == train(**few | dict(run="plain", max_steps=1))["n_train"]
 
     seal = Job.seal

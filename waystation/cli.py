@@ -579,7 +579,7 @@ COMMANDS:dict[str,Callable[...,dict[str,Any]]] = {
     'search': search, 'sql': sql, 'classify': classify, 'near': near, 'cluster': cluster, 'view': view, 'import': bring, 'lint': lint, 'evaluate': evaluate,
     'chat': chat, 'merge': merge}
 
-# %% ../nbs/90_cli.ipynb #7d5e141f
+# %% ../nbs/90_cli.ipynb #068a3cd7
 def headline(
     report:dict[str,Any], # A station's report
 ) -> list[tuple[str,str]]: # (what, value)
@@ -604,7 +604,8 @@ _MARKS = ('format', 'citation', 'answer', 'both', 'exact')  # in this order; a s
 def _headline_train(r:dict[str,Any]) -> list[tuple[str,str]]:
     from waystation.gates import sentence
     def share(m): return f"{m['hits']}/{m['n']} [{m['low']:.2f}, {m['high']:.2f}]"
-    rows = [('steps', f"{r['steps']}" + (f", resumed from {r['resumed_from']}" if r['resumed_from'] else '')),
+    best = f", the best one {r['best_step']} by {r['n_validation']} validation rows" if r.get('best_step') else ''
+    rows = [('steps', f"{r['steps']}{best}" + (f", resumed from {r['resumed_from']}" if r['resumed_from'] else '')),
             ('held-out loss', f"{r['eval_loss']['before']:.3f} before, {r['eval_loss']['after']:.3f} after")]
     if m := r.get('eval_reward'):
         before = '' if m['before'] is None else f"{m['before']:.3f} before, "

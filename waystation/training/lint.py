@@ -263,7 +263,7 @@ def set_aside(
         raise Refused(f"{len(rows)} training rows leave {len(watch)} to stop by and {len(train)} to learn from; add rows, or leave early_stop out")
     return train, watch
 
-# %% ../../nbs/training/11_lint.ipynb #b8012dcc
+# %% ../../nbs/training/11_lint.ipynb #7149167f
 def steps_of(
     p: Mapping[str, Any], # Parameters of `train`
     n: int,               # Training rows, without those that are set aside
@@ -285,8 +285,8 @@ def never(
         out.append(Finding('error', 'evaluation', 1, f"eval_steps={p['eval_steps']} never fires: there are {total} steps; give at most {total}, "
                            'or 0 for before and after only', []))
     if p['warmup_steps'] >= total:
-        out.append(Finding('warning', 'warm-up', 1, f"warmup_steps={p['warmup_steps']} never ends: there are {total} steps, so learning_rate is not reached before "
-                           'the last; give fewer, or more steps', []))
+        out.append(Finding('warning', 'warm-up', 1, f"warmup_steps={p['warmup_steps']} never ends: there are {total} steps, and the last one learns at "
+                           f"{(total - 1)/p['warmup_steps']:.0%} of learning_rate; give fewer, or more steps", []))
     return out
 
 # %% ../../nbs/training/11_lint.ipynb #77b0e2a5
