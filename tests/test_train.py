@@ -200,7 +200,8 @@ def test_refused_parameters(go, tmp_path, change, says):
         ({"completion": "[Generated answer for question 8]"}, "line 8 has the placeholder"),
         ({"completion": "  "}, "line 8 has an empty completion"),
         ({"prompt": [{"role": "boss", "content": "Do it"}]}, "role 'boss'"),
-        ({"completion": None}, "line 8 has a completion by"),
+        ({"completion": None}, "line 8 has no completion"),
+            ({"completion": 37}, "line 8 has content 37"),
     ],
 )
 def test_refused_rows(go, tmp_path, change, says):
