@@ -95,9 +95,9 @@ def test_a_host_without_memory_says_it_otherwise(go, card):  # noqa: F811
 def test_memory_is_let_go_before_the_next_try(go, card, monkeypatch):  # noqa: F811
     made, dead, prepare = [], [], trainer.prepare
 
-    def spy(job):
+    def spy(*args):
         dead.append([ref() is None for ref in made])
-        c = prepare(job)
+        c = prepare(*args)
         made.extend([weakref.ref(c.model), weakref.ref(c.trainer), *(weakref.ref(w) for w in c.model.parameters() if w.requires_grad)])
         return c
 
