@@ -75,7 +75,7 @@ def _far_settings(store:str) -> str: # '' when it has none, or did not say so in
         _said[store] = '', time.monotonic() + REST_S
         return ''
 
-# %% ../nbs/01_runtime.ipynb #5679def0
+# %% ../nbs/01_runtime.ipynb #2e18b614
 def packaged(name:str) -> Path: # A file or folder that travels with the package
     "The path of `name` inside the installed package, or in the checkout that it is developed in."
     package = Path(str(resources.files('waystation')))
@@ -107,6 +107,7 @@ def settings(
     for key in ('store', 'cache', 'mirror'): merged[key] = os.path.expanduser(merged[key])
     return merged
 
+# %% ../nbs/01_runtime.ipynb #a1dd9637
 def prices(
     store:str='',         # The store in use; '' for the one that the settings name
 ) -> dict[str,float]:     # Key of [prices] -> price, in the user's currency

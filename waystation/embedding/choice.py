@@ -47,7 +47,7 @@ def measure(
         tokens[i] += work[i].tokens[k]
     return {m.engine: n / s for m, n, s in zip(models, tokens, spent, strict=True)}
 
-# %% ../../nbs/embedding/25_choice.ipynb #f7405cd6
+# %% ../../nbs/embedding/25_choice.ipynb #3ddd9f3f
 FEW = 64  # rows that are not worth a measurement
 
 def lack(
@@ -78,6 +78,7 @@ def check_device(
     lacks = [lack(e, device, tensor) for e in (ENGINES if engine == 'auto' else [engine])]
     if all(lacks): raise Refused(lacks[0])
 
+# %% ../../nbs/embedding/25_choice.ipynb #fb67db82
 def candidates(
     scan:Scan,
     device:str='',          # As for `open_model`
@@ -136,7 +137,7 @@ def compare(
     step = sealed['scale'].to_numpy()[:, None]  # the nearest vector that is stored as the sealed one: a step of int8 is larger than FAR
     return gap(y, np.clip(y, (kept - 0.5) * step, (kept + 0.5) * step))
 
-# %% ../../nbs/embedding/25_choice.ipynb #417d54bb
+# %% ../../nbs/embedding/25_choice.ipynb #5a881f95
 def settle(
     job:Job,
     rows:Rows,
@@ -167,6 +168,7 @@ def settle(
         why = _switch(job, sealed[0], made, model, why, compare(job, sealed[0], model, cut, dtype))
     return model, why
 
+# %% ../../nbs/embedding/25_choice.ipynb #90eec16d
 def tell(maker:Mapping[str,str], why:str) -> None:
     "Say who computes."
     print(f'engine: {_told(maker)}; {why}', file=sys.stderr)  # beside the progress bar; standard output is for --json

@@ -44,7 +44,7 @@ def save_merged(
     AutoTokenizer.from_pretrained(adapter).save_pretrained(to)
     return str(kind).removeprefix('torch.')
 
-# %% ../../nbs/training/18_merge.ipynb #e688764c
+# %% ../../nbs/training/18_merge.ipynb #6566514c
 def sealed_adapter(
     store: Store,
     model: str,   # 'store:models/NAME/current', or without 'store:'
@@ -72,6 +72,7 @@ def check_rows(
         raise Refused(f'data={named!r} has another content than when {seal.name} was trained, so it no longer tells which rows were held out; bring it back, '
                       'or name rows that the training never saw, with data')
 
+# %% ../../nbs/training/18_merge.ipynb #94cc7cc9
 def last_gates(
     store: Store,
     seal: Seal,   # Of the adapter

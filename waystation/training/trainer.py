@@ -680,7 +680,7 @@ def code_versions() -> dict[str, str]: # Package -> version, and 'commit' or 'ch
     elif came: found['commit'] = 'unknown: installed from a folder'
     return found
 
-# %% ../../nbs/training/14_trainer.ipynb #cc69162d
+# %% ../../nbs/training/14_trainer.ipynb #6ad15da0
 NOTES = {'asset:banking': """
 What the figures do not say: a picker that counts shared words needs no model and does as well or better here, because a question repeats
 the words of its passage. So the claim is "learnt to answer and to cite", not "retrieves better". (The picker may say eight words, of
@@ -705,6 +705,7 @@ base = AutoModelFor{kind}.from_pretrained("the folder of its base"{more})
 model = PeftModel.from_pretrained(base, "this folder")
 ```"""
 
+# %% ../../nbs/training/14_trainer.ipynb #8906d5a2
 def how_to_load(
     found: Located,        # The base
     kind: str = 'CausalLM',# Of transformers' AutoModelFor…
@@ -724,6 +725,7 @@ def how_to_load(
     else: said = f'a folder that was `{name}` on the machine of the training.\nOn another machine give the folder of a copy, of the same content.'
     return FROM_FOLDER.format(name=said, kind=kind, more=more)
 
+# %% ../../nbs/training/14_trainer.ipynb #0b6304da
 def name_base(
     folder: Path,   # That PEFT has saved an adapter into
     found: Located, # Its base
